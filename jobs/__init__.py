@@ -1,0 +1,1 @@
+"""Entry points that Ray jobs run; thin, the work is in ``raysp``."""

@@ -1,0 +1,72 @@
+"""What every block kernel offers.
+
+Symbols: Tq, Tk rows of one call; Hq, Hk query and key heads, Hq a multiple of Hk; D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from raysp.attention.schedule import Segments
+
+
+class Kernel(Protocol):
+    """Attention of packed segments, forward with LSE and backward from a global LSE."""
+
+    name: str
+
+    def forward(
+        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attend inside each segment.
+
+        Args:
+            q_THD: ``[Tq, Hq, D]``.
+            k_THD: ``[Tk, Hk, D]``.
+            v_THD: Like ``k_THD``.
+            segments: Which rows of queries and keys belong together.
+            causal: Segments are square and a query sees keys up to its own row.
+            scale: Factor of the scores.
+
+        Returns:
+            ``out [Tq, Hq, D]`` in the input dtype, 0 for a row without keys, and ``lse [Hq, Tq]``, natural log, fp32 (fp64
+            for fp64 inputs), ``-inf`` for a row without keys.
+        """
+        ...
+
+    def backward(
+        self,
+        dout_THD: Tensor,
+        q_THD: Tensor,
+        k_THD: Tensor,
+        v_THD: Tensor,
+        out_THD: Tensor | None,
+        lse_HT: Tensor,
+        delta_HT: Tensor,
+        segments: Segments,
+        *,
+        causal: bool,
+        scale: float,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients that this block adds. Summed over all blocks of a row's keys they are exact.
+
+        Args:
+            dout_THD: ``[Tq, Hq, D]``, gradient of the final output.
+            q_THD: ``[Tq, Hq, D]``.
+            k_THD: ``[Tk, Hk, D]``.
+            v_THD: Like ``k_THD``.
+            out_THD: Final output ``[Tq, Hq, D]`` where the caller has it, else ``None``: ``delta_HT`` then stands for it.
+            lse_HT: ``[Hq, Tq]``, over all keys of the row, not only this block's.
+            delta_HT: ``[Hq, Tq]``, row sums of ``dout * out``.
+            segments: As in the forward.
+            causal: As in the forward.
+            scale: As in the forward.
+            deterministic: Same bits on every run, if need be slower.
+
+        Returns:
+            ``dq [Tq, Hq, D]``, ``dk [Tk, Hk, D]``, ``dv [Tk, Hk, D]`` in the input or a wider dtype.
+        """
+        ...

@@ -1,0 +1,205 @@
+"""Where every token of a packed micro-batch lives: which rank, which local row.
+
+A layout is a value: all its sizes follow from the lengths, so ranks know each other's shapes without asking. Index
+maps are built on first use and kept with the layout, which all layers of a micro-batch share.
+
+Symbols: N degree, L length of one document; a *part* is a slice of a rank's rows that moves and is masked as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raysp.errors import InputError
+
+ORDERS = ("zigzag", "contiguous")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pieces of documents stored one after the other in a rank's rows, documents ascending.
+
+    Attributes:
+        documents: ``int64 [pieces]``, ids.
+        starts: ``int64 [pieces]``, first position of each piece inside its document.
+        stops: ``int64 [pieces]``, one past the last.
+        rows: ``int64 [pieces + 1]``, local row where each piece begins; the last entry is the end of the part.
+    """
+
+    documents: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """How documents are cut over the ranks of one SP group.
+
+    ``zigzag`` cuts a document into 2N nearly equal chunks and gives rank r chunks r and 2N-1-r, which levels causal
+    work. Each rank stores all first chunks, then all second chunks. Documents with fewer than 2N tokens stay whole on
+    one rank, stored last. Remainders go to the ranks that hold least, so ranks stay level. ``contiguous`` cuts the
+    concatenation of the documents into N nearly equal runs. At degree 1 the local order is the natural one.
+
+    Args:
+        lengths: Tokens of every document, each at least 1.
+        degree: Ranks of the group, at least 1.
+        order: ``"zigzag"`` or ``"contiguous"``.
+
+    Raises:
+        InputError: A document without tokens, no document, a degree below 1 or an unknown order.
+    """
+
+    lengths: tuple[int, ...]
+    degree: int
+    order: str = "zigzag"
+    _memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __init__(self, lengths: Sequence[int], degree: int, order: str = "zigzag") -> None:
+        object.__setattr__(self, "lengths", tuple(int(length) for length in lengths))
+        object.__setattr__(self, "degree", int(degree))
+        object.__setattr__(self, "order", order)
+        object.__setattr__(self, "_memo", {})
+        self._check()
+
+    def __reduce__(self) -> tuple:
+        return SequenceLayout, (self.lengths, self.degree, self.order)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return sum(self.lengths)
+
+    def local_tokens(self, group_rank: int) -> int:
+        """Rows that this rank holds; may be 0 where there are fewer tokens than ranks."""
+        parts = self.parts(group_rank)
+        return int(parts[-1].rows[-1])
+
+    def token_indices(self, group_rank: int) -> Tensor:
+        """Global token (in the concatenation of the documents) of each local row, int64 ``[local_tokens]``. Read only."""
+        return self.memo(("token_indices", group_rank), lambda: self._row_values(group_rank, self._document_starts()))
+
+    def positions(self, group_rank: int) -> Tensor:
+        """Position inside its document of each local row, int64 ``[local_tokens]``. Read only."""
+        zeros = np.zeros(len(self.lengths), dtype=np.int64)
+        return self.memo(("positions", group_rank), lambda: self._row_values(group_rank, zeros))
+
+    def parts(self, group_rank: int) -> tuple[Part, ...]:
+        """The rank's rows as parts, in storage order; a part may be empty.
+
+        Raises:
+            InputError: The rank is not in the group.
+        """
+        if not 0 <= group_rank < self.degree:
+            raise InputError(
+                f"group rank {group_rank} is outside a group of degree {self.degree}; expected 0 to {self.degree - 1}. "
+                "Pass the rank inside the group, not the global rank."
+            )
+        return self.memo("parts", self._all_parts)[group_rank]
+
+    def memo(self, key: Any, build: Callable[[], _T]) -> _T:
+        """Return what ``build`` made for ``key``, making it once per layout object."""
+        if key not in self._memo:
+            self._memo[key] = build()
+        return self._memo[key]
+
+    def _check(self) -> None:
+        if self.order not in ORDERS:
+            raise InputError(f"order {self.order!r} is unknown; expected one of {', '.join(ORDERS)}.")
+        if self.degree < 1:
+            raise InputError(f"degree is {self.degree}; expected at least 1.")
+        if not self.lengths:
+            raise InputError("the layout has no documents; expected at least one. An idle rank needs a dummy token.")
+        for document, length in enumerate(self.lengths):
+            if length < 1:
+                raise InputError(
+                    f"document {document} has {length} tokens; expected at least 1. Drop empty documents first."
+                )
+
+    def _document_starts(self) -> np.ndarray:
+        return np.array([0, *accumulate(self.lengths)][:-1], dtype=np.int64)
+
+    def _row_values(self, group_rank: int, document_offsets: np.ndarray) -> Tensor:
+        pieces = [
+            np.arange(start, stop, dtype=np.int64) + document_offsets[document]
+            for part in self.parts(group_rank)
+            for document, start, stop in zip(part.documents, part.starts, part.stops, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *pieces]))
+
+    def _all_parts(self) -> tuple[tuple[Part, ...], ...]:
+        cut = _zigzag_pieces if self.order == "zigzag" else _contiguous_pieces
+        return tuple(_as_parts(pieces_of_parts) for pieces_of_parts in cut(self.lengths, self.degree))
+
+
+_Piece = tuple[int, int, int]  # document, start, stop
+
+
+def _as_parts(pieces_of_parts: Sequence[Sequence[_Piece]]) -> tuple[Part, ...]:
+    parts: list[Part] = []
+    row = 0
+    for pieces in pieces_of_parts:
+        table = np.array(pieces, dtype=np.int64).reshape(len(pieces), 3)
+        documents, starts, stops = table[:, 0], table[:, 1], table[:, 2]
+        rows = row + np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
+        parts.append(Part(documents, starts, stops, rows))
+        row = int(rows[-1])
+    return tuple(parts)
+
+
+def _contiguous_pieces(lengths: Sequence[int], degree: int) -> list[list[list[_Piece]]]:
+    ends = list(accumulate(lengths))
+    total = ends[-1]
+    pieces: list[list[list[_Piece]]] = []
+    document = 0
+    for rank in range(degree):
+        token, stop = rank * total // degree, (rank + 1) * total // degree
+        run: list[_Piece] = []
+        while token < stop:
+            while ends[document] <= token:
+                document += 1
+            start = ends[document] - lengths[document]
+            piece_stop = min(stop, ends[document])
+            run.append((document, token - start, piece_stop - start))
+            token = piece_stop
+        pieces.append([run])
+    return pieces
+
+
+def _zigzag_pieces(lengths: Sequence[int], degree: int) -> list[list[list[_Piece]]]:
+    num_chunks = 2 * degree
+    # Cutting below one token per chunk would only add traffic; at degree 1 nothing is cut and order stays natural.
+    whole = [document for document, length in enumerate(lengths) if degree == 1 or length < num_chunks]
+    loads = [0] * degree
+    pieces: list[list[list[_Piece]]] = [[[], [], []] for _ in range(degree)]
+    for document in sorted(whole, key=lambda document: -lengths[document]):
+        rank = min(range(degree), key=loads.__getitem__)
+        loads[rank] += lengths[document]
+        pieces[rank][2].append((document, 0, lengths[document]))
+    for parts_of_rank in pieces:
+        parts_of_rank[2].sort()
+    kept_whole = set(whole)
+    for document, length in enumerate(lengths):
+        if document in kept_whole:
+            continue
+        base, remainder = divmod(length, num_chunks)
+        sizes = [base] * num_chunks
+        by_load = sorted(range(degree), key=loads.__getitem__)
+        for extra in range(remainder):
+            rank = by_load[extra % degree]
+            sizes[rank if extra < degree else num_chunks - 1 - rank] += 1
+            loads[rank] += 1
+        bounds = [0, *accumulate(sizes)]
+        for chunk in range(num_chunks):
+            rank, part = (chunk, 0) if chunk < degree else (num_chunks - 1 - chunk, 1)
+            pieces[rank][part].append((document, bounds[chunk], bounds[chunk + 1]))
+    return pieces

@@ -1,0 +1,105 @@
+"""Connecting to Ray, and what a run may ask of the cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ray
+
+from raysp.config import ClusterConfig
+from raysp.errors import InputError, RayspError
+
+# Below this share, CPU workers spend their time waiting for each other's turn on a core.
+_SMALLEST_CPU_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """What Ray reserves for one worker.
+
+    Attributes:
+        device: ``"cuda"`` or ``"cpu"``.
+        num_cpus: CPUs, possibly a fraction.
+        num_gpus: 1 on CUDA, else 0.
+        is_local: Whether the cluster was started for this run on this machine.
+    """
+
+    device: str
+    num_cpus: float
+    num_gpus: int
+    is_local: bool
+
+    def bundle(self) -> dict[str, float]:
+        """The placement-group bundle of one worker."""
+        bundle = {"CPU": self.num_cpus}
+        if self.num_gpus:
+            bundle["GPU"] = float(self.num_gpus)
+        return bundle
+
+
+@contextlib.contextmanager
+def ray_session(config: ClusterConfig) -> Iterator[WorkerResources]:
+    """Connect to ``cluster.address``, or start a local cluster bound to loopback, and leave it at the end.
+
+    Raises:
+        InputError: The address does not answer, or the cluster is smaller than ``cluster.num_workers``.
+    """
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    is_local = not address
+    try:
+        if is_local:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"the Ray cluster at {address!r}" if address else "a local Ray cluster"
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if is_local:
+            raise RayspError(f"cannot start {where}: {first_line}") from error
+        raise InputError(
+            f"cannot reach {where}: {first_line} Start it (`ray start --head`), check its token, or unset "
+            "cluster.address to use this machine."
+        ) from error
+    try:
+        yield worker_resources(config, ray.cluster_resources(), is_local=is_local)
+    finally:
+        ray.shutdown()
+
+
+def worker_resources(config: ClusterConfig, totals: dict[str, float], *, is_local: bool) -> WorkerResources:
+    """Decide what each worker reserves. Pure.
+
+    Args:
+        config: The ``cluster`` section.
+        totals: Resources of the whole cluster, as Ray names them.
+        is_local: A local cluster shares its cores among the workers by default; another gives one CPU each.
+
+    Raises:
+        InputError: The cluster has fewer GPUs or CPUs than the workers need.
+    """
+    gpus, cpus = totals.get("GPU", 0.0), totals.get("CPU", 0.0)
+    device = config.device if config.device != "auto" else ("cuda" if gpus >= 1 else "cpu")
+    workers = config.num_workers
+    if device == "cuda" and gpus < workers:
+        raise InputError(
+            f"cluster.num_workers = {workers}, but the cluster has {gpus:g} GPUs; expected one GPU per worker. "
+            f"Set cluster.num_workers to at most {gpus:g}, add nodes, or set cluster.device = 'cpu'."
+        )
+    share = config.cpus_per_worker
+    if share is None:
+        share = min(1.0, cpus / workers) if is_local else 1.0
+        if is_local and share < _SMALLEST_CPU_SHARE and device == "cpu":
+            raise InputError(
+                f"cluster.num_workers = {workers}, but this machine has {cpus:g} CPUs; expected at most "
+                f"{cpus / _SMALLEST_CPU_SHARE:g} workers. Lower cluster.num_workers or set cluster.cpus_per_worker."
+            )
+    share = int(share * 1e4) / 1e4  # Ray's resolution
+    if share * workers > cpus + 1e-6:
+        raise InputError(
+            f"cluster.num_workers = {workers} with {share:g} CPUs each, but the cluster has {cpus:g} CPUs. "
+            "Lower cluster.num_workers or cluster.cpus_per_worker, or add nodes."
+        )
+    return WorkerResources(device=device, num_cpus=share, num_gpus=1 if device == "cuda" else 0, is_local=is_local)

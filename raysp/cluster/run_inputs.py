@@ -1,0 +1,168 @@
+"""Everything a run needs that can be read and checked before a worker starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planner import CostModel, list_presets, load_preset
+from raysp.config import Config
+from raysp.data.dataset import TokenDataset
+from raysp.data.loader import BatchLoader, Cursor
+from raysp.errors import InputError
+from raysp.train.checkpoint import TrainerState, checkpoints_in, read_state
+from raysp.train.model import read_model_config
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The checked inputs of a run.
+
+    Attributes:
+        config: The resolved configuration.
+        dataset: The corpus.
+        loader: Global batches of the training sequences.
+        validation_ids: Held-out sequences, at most ``train.validation_sequences``.
+        model_config: The transformers configuration.
+        cost_model: Read from a preset or a file; ``None`` when it is to be measured.
+        resume_from: Checkpoint folder to load.
+        state: Of that checkpoint.
+    """
+
+    config: Config
+    dataset: TokenDataset
+    loader: BatchLoader
+    validation_ids: tuple[int, ...]
+    model_config: Any
+    cost_model: CostModel | None
+    resume_from: Path | None
+    state: TrainerState | None
+
+    @property
+    def first_step(self) -> int:
+        """0-based step at which this run begins."""
+        return self.state.step if self.state else 0
+
+    @property
+    def first_cursor(self) -> Cursor:
+        """Data position at which this run begins."""
+        return Cursor.from_dict(self.state.cursor) if self.state else Cursor(0, 0)
+
+
+def read_inputs(config: Config) -> RunInputs:
+    """Open the dataset, resolve the model, the cost model and the checkpoint to resume from.
+
+    Raises:
+        InputError: Any of them is missing, corrupt or does not fit the others.
+    """
+    data = config.data
+    dataset = TokenDataset.open(data.path, max_length=data.max_length, drop_empty=data.drop_empty)
+    train_ids, validation_ids = dataset.split(data.validation_fraction, config.train.seed)
+    loader = BatchLoader(
+        train_ids,
+        dataset.sequence_lengths[train_ids],
+        seed=config.train.seed,
+        tokens_per_step=data.tokens_per_step,
+        sequences_per_step=data.sequences_per_step,
+    )
+    if config.train.validate_every and not len(validation_ids):
+        raise InputError(
+            "train.validate_every is set, but no sequence is held out; expected data.validation_fraction > 0. Set it, "
+            "or train.validate_every = 0."
+        )
+    longest = int(dataset.sequence_lengths.max())
+    model_config = read_model_config(config.model, vocab_size=dataset.vocab_size, max_length=longest)
+    dataset.check_vocab_size(model_config.vocab_size)
+    resume_from, state = _find_checkpoint(config)
+    if state is not None:
+        _check_resumable(state, config, dataset)
+    return RunInputs(
+        config=config,
+        dataset=dataset,
+        loader=loader,
+        validation_ids=tuple(int(i) for i in validation_ids[: config.train.validation_sequences]),
+        model_config=model_config,
+        cost_model=read_cost_model(config),
+        resume_from=resume_from,
+        state=state,
+    )
+
+
+def read_cost_model(config: Config) -> CostModel | None:
+    """The cost model of ``planner.cost_model``: a file, a preset, or ``None`` for ``"auto"``."""
+    name = config.planner.cost_model
+    if name == "auto":
+        return None
+    if name in list_presets():
+        model = load_preset(name)
+    elif Path(name).is_file():
+        model = CostModel.load(name)
+    else:
+        raise InputError(
+            f"planner.cost_model = {name!r} is neither 'auto', a file, nor a preset; the presets are "
+            f"{', '.join(list_presets())}. `raysp calibrate` writes such a file."
+        )
+    if config.planner.memory_limit_bytes is not None:
+        model = replace(model, memory_limit_bytes=config.planner.memory_limit_bytes)
+    return model
+
+
+def attention_method(config: Config, *, num_heads: int, num_kv_heads: int, degrees: list[int]) -> str:
+    """The method groups of degree > 1 use: ``attention.method``, or for ``"auto"`` Ulysses where the heads divide by
+    every degree and a ring elsewhere."""
+    if config.attention.method != "auto":
+        return config.attention.method
+    divides = all(num_heads % d == 0 and (num_kv_heads % d == 0 or d % num_kv_heads == 0) for d in degrees)
+    return "ulysses" if divides else "ring"
+
+
+def _find_checkpoint(config: Config) -> tuple[Path | None, TrainerState | None]:
+    resume = config.checkpoint.resume
+    if resume == "none":
+        return None, None
+    if resume == "auto":
+        found = checkpoints_in(Path(config.checkpoint.dir)) if config.checkpoint.dir else []
+        return (found[-1], read_state(found[-1])) if found else (None, None)
+    folder = Path(resume)
+    return folder, read_state(folder)
+
+
+def _check_resumable(state: TrainerState, config: Config, dataset: TokenDataset) -> None:
+    if state.data_fingerprint != dataset.fingerprint:
+        raise InputError(
+            f"the checkpoint of step {state.step} was trained on other data than {config.data.path} holds now; expected "
+            "the same dataset and data.max_length. Restore them, or start afresh with --resume none."
+        )
+    saved = state.config
+    for section, keys in (("train", ("seed",)), ("data", ("tokens_per_step", "sequences_per_step", "validation_fraction"))):
+        for key in keys:
+            now, then = getattr(getattr(config, section), key), saved.get(section, {}).get(key)
+            if now != then:
+                raise InputError(
+                    f"{section}.{key} = {now!r}, but the checkpoint of step {state.step} was made with {then!r}; the "
+                    "order of the data would change. Restore it, or start afresh with --resume none."
+                )
+
+
+def check_longest_sequence(inputs: RunInputs, cost_model: CostModel) -> None:
+    """Refuse a run whose longest sequence fits no group, before anything is trained.
+
+    Raises:
+        planner.InfeasibleError: Names the sequence, what it needs and what the largest group offers.
+        InputError: A static degree exceeds the number of workers.
+    """
+    from raysp.cluster.planning import plan_batch
+
+    lengths = inputs.dataset.sequence_lengths
+    longest = int(np.argmax(lengths))
+    plan_batch(
+        (int(lengths[longest]),),
+        config=inputs.config.planner,
+        cost_model=cost_model,
+        num_ranks=inputs.config.cluster.num_workers,
+        seed=inputs.config.train.seed,
+        policy=inputs.config.planner.policy,
+    )

@@ -1,0 +1,28 @@
+"""Transport between ranks; besides FSDP and checkpoints, the only package that calls ``torch.distributed``."""
+
+from raysp.comm.collectives import all_reduce_sum, all_to_all_rows, reduce_scatter_rows, start_all_gather_rows
+from raysp.comm.communicator import ByteCounter, Communicator
+from raysp.comm.communicators import Communicators, init_process
+from raysp.comm.errors import RankLostError, RankTimeoutError
+from raysp.comm.exchange import Message, PendingExchange, exchange
+from raysp.comm.rendezvous import await_ranks
+from raysp.comm.world import all_reduce_sum, world_mesh
+
+__all__ = [
+    "ByteCounter",
+    "Communicator",
+    "Communicators",
+    "Message",
+    "PendingExchange",
+    "RankLostError",
+    "RankTimeoutError",
+    "all_reduce_sum",
+    "all_reduce_sum",
+    "all_to_all_rows",
+    "await_ranks",
+    "exchange",
+    "init_process",
+    "reduce_scatter_rows",
+    "start_all_gather_rows",
+    "world_mesh",
+]

@@ -1,0 +1,106 @@
+"""Collectives over rows whose counts differ by rank.
+
+``row_counts[r]`` is what group rank ``r`` contributes or keeps; every rank knows all of them from the layout. The
+sums are taken in rank order on the rank that keeps them, so their bits do not depend on who arrives first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raysp.comm.communicator import Communicator
+from raysp.comm.exchange import Message, PendingExchange, exchange
+
+
+def start_all_gather_rows(
+    rows: Tensor, row_counts: Sequence[int], communicator: Communicator
+) -> tuple[Tensor, PendingExchange]:
+    """Start gathering every rank's rows.
+
+    Args:
+        rows: ``[row_counts[group_rank], ...]``, this rank's contribution.
+        row_counts: Rows of every rank.
+        communicator: The group.
+
+    Returns:
+        ``[sum(row_counts), ...]`` in rank order, valid after the handle's ``wait()``, and the handle.
+    """
+    gathered = rows.new_empty((sum(row_counts), *rows.shape[1:]))
+    parts = gathered.split(list(row_counts))
+    me = communicator.group_rank
+    parts[me].copy_(rows)
+    own = parts[me]
+    others = _others(communicator)
+    sends = [Message(own, peer) for peer in others]
+    recvs = [Message(parts[peer], peer) for peer in others]
+    return gathered, exchange(sends, recvs, communicator)
+
+
+def reduce_scatter_rows(partials: Tensor, row_counts: Sequence[int], communicator: Communicator) -> Tensor:
+    """Sum each rank's rows over all ranks, and keep the own ones.
+
+    Args:
+        partials: ``[sum(row_counts), ...]`` in rank order: this rank's part of everyone's sum.
+        row_counts: Rows every rank keeps.
+        communicator: The group.
+
+    Returns:
+        ``[row_counts[group_rank], ...]``, in the dtype of ``partials``.
+    """
+    me = communicator.group_rank
+    parts = partials.contiguous().split(list(row_counts))
+    others = _others(communicator)
+    buffers = {peer: torch.empty_like(parts[me]) for peer in others}
+    pending = exchange(
+        [Message(parts[peer], peer) for peer in others],
+        [Message(buffers[peer], peer) for peer in others],
+        communicator,
+    )
+    pending.wait()
+    total = torch.zeros_like(parts[me])
+    for rank in range(communicator.degree):
+        total += parts[me] if rank == me else buffers[rank]
+    return total
+
+
+def all_to_all_rows(
+    rows: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], communicator: Communicator
+) -> Tensor:
+    """Send slice ``i`` of the rows to rank ``i`` and join what the ranks sent, in rank order.
+
+    Args:
+        rows: ``[sum(send_counts), ...]``.
+        send_counts: Rows for each rank.
+        recv_counts: Rows from each rank.
+        communicator: The group.
+
+    Returns:
+        ``[sum(recv_counts), ...]``.
+    """
+    rows = rows.contiguous()
+    received = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
+    offsets = [0, *accumulate(send_counts)]
+    for peer in _others(communicator):
+        if send_counts[peer]:
+            communicator.counter.count(rows[offsets[peer] : offsets[peer + 1]])
+    dist.all_to_all_single(
+        received, rows, list(recv_counts), list(send_counts), group=communicator.process_group
+    )
+    return received
+
+
+def all_reduce_sum(tensor: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
+    """Replace ``tensor`` by its sum over the group, and return it; a group of one (``None``) changes nothing."""
+    if process_group is not None:
+        dist.all_reduce(tensor, group=process_group)
+    return tensor
+
+
+def _others(communicator: Communicator) -> list[int]:
+    """Peers in an order that spreads the load: the next rank first, all ranks starting at a different one."""
+    return [(communicator.group_rank + step) % communicator.degree for step in range(1, communicator.degree)]

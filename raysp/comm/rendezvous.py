@@ -1,0 +1,39 @@
+"""A barrier over the key-value store that can say who is missing.
+
+Only keys are exchanged, so it works before any process group exists and while one is broken.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+from torch.distributed import DistStoreError, Store
+
+from raysp.comm.errors import RankTimeoutError
+
+
+def await_ranks(store: Store, name: str, *, global_rank: int, ranks: Sequence[int], timeout_s: float) -> None:
+    """Write this rank's arrival and wait until every rank of ``ranks`` has written its own.
+
+    Args:
+        store: The store of this epoch, shared by all ranks.
+        name: The meeting; used once per epoch and set of ranks.
+        global_rank: This process; one of ``ranks``.
+        ranks: Global ranks that take part.
+        timeout_s: Longest wait for all of them together.
+
+    Raises:
+        RankTimeoutError: Names the ranks whose arrival was not seen.
+    """
+    keys = {rank: f"arrived/{name}/{rank}" for rank in ranks}
+    store.set(keys[global_rank], "1")
+    deadline_s = time.monotonic() + timeout_s
+    for rank in ranks:
+        remaining_s = max(0.001, deadline_s - time.monotonic())
+        try:
+            store.wait([keys[rank]], timedelta(seconds=remaining_s))
+        except DistStoreError as error:
+            missing = [other for other in ranks if not store.check([keys[other]])]
+            raise RankTimeoutError(operation=name, missing_ranks=missing or [rank], timeout_s=timeout_s) from error

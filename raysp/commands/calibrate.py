@@ -1,0 +1,44 @@
+"""``raysp calibrate``: measure the cost model of a configuration's model on its workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from raysp.config import load_config
+from raysp.tracking.console import ConsoleReporter
+
+
+def run(config_path: Path, overrides: Sequence[str], output: Path) -> None:
+    """Measure, show the residuals, write the cost model.
+
+    Args:
+        config_path: TOML file.
+        overrides: ``key=value`` of ``--set``.
+        output: JSON file to write.
+    """
+    config = load_config(config_path, overrides)
+    from raysp.cluster.driver import measure_cost_model
+
+    console = Console()
+    fit = measure_cost_model(config, on_event=ConsoleReporter(console).handle)
+    table = Table(title="measured and fitted", title_justify="left")
+    for heading in ("degree", "sequences", "tokens", "longest", "measured s", "fitted s", "error"):
+        table.add_column(heading, justify="right")
+    for sample, predicted_s in zip(fit.samples, fit.predicted_s, strict=True):
+        table.add_row(
+            str(sample.degree),
+            str(len(sample.lengths)),
+            f"{sum(sample.lengths):,}",
+            f"{max(sample.lengths):,}",
+            f"{sample.time_s:.3f}",
+            f"{predicted_s:.3f}",
+            f"{predicted_s / sample.time_s - 1:+.1%}",
+        )
+    console.print(table)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    fit.cost_model.save(output)
+    console.print(f"cost model written to {output}; use it with planner.cost_model = \"{output}\"", soft_wrap=True)

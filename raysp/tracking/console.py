@@ -1,0 +1,117 @@
+"""The run as a person reads it in a terminal or a log file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from raysp.tracking.events import (
+    BatchCompared,
+    CheckpointSaved,
+    Event,
+    PhaseStarted,
+    StepFinished,
+    ValidationFinished,
+    WarningRaised,
+)
+
+_TABLE_STEPS = 50
+
+
+class ConsoleReporter:
+    """Prints events.
+
+    Args:
+        console: Where to.
+        detail: ``"table"`` prints the groups of every step, ``"line"`` one line per step, ``"auto"`` the former for
+            runs of up to 50 steps.
+    """
+
+    def __init__(self, console: Console, *, detail: str = "auto") -> None:
+        self._console = console
+        self._detail = detail
+
+    def handle(self, event: Event) -> None:
+        """Print one event."""
+        match event:
+            case PhaseStarted():
+                self._console.print(f"[dim]• {escape(event.text)}[/dim]", highlight=False)
+            case WarningRaised():
+                self._console.print(f"[yellow]warning:[/yellow] {escape(event.text)}", highlight=False)
+            case StepFinished():
+                self._step(event)
+            case ValidationFinished():
+                self._console.print(
+                    f"  validation after step {event.step}: loss {event.loss:.4f} over {event.num_targets:,} tokens",
+                    highlight=False,
+                )
+            case CheckpointSaved():
+                self._console.print(f"  checkpoint after step {event.step}: {escape(event.path)}", highlight=False)
+            case BatchCompared():
+                pass  # shown together, by comparison_table
+
+    def _step(self, event: StepFinished) -> None:
+        mfu = f" · mfu {event.mfu:.1%}" if event.mfu is not None else ""
+        self._console.print(
+            f"[bold]step {event.step}/{event.num_steps}[/bold] loss {event.loss:.4f} · {event.num_tokens:,} tokens in "
+            f"{event.num_sequences} sequences · predicted {event.predicted_step_time_s:.2f} s, measured "
+            f"{event.step_time_s:.2f} s · {event.tokens_per_s:,.0f} tokens/s{mfu}",
+            highlight=False,
+        )
+        if self._detail == "table" or (self._detail == "auto" and event.num_steps <= _TABLE_STEPS):
+            self._console.print(step_table(event))
+
+
+def step_table(event: StepFinished) -> Table:
+    """The SP groups of one step: degree x count, method, sequences, tokens, predicted beside measured time."""
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table.add_column("micro-batch")
+    for heading in ("groups (degree x count)", "attention", "sequences", "tokens", "predicted s", "measured s"):
+        table.add_column(heading, justify="left" if heading == "attention" else "right")
+    for index, micro_batch in enumerate(event.micro_batches):
+        for row, shape in enumerate(micro_batch.shapes):
+            table.add_row(
+                str(index + 1) if row == 0 else "",
+                f"{shape.degree} x {shape.count}",
+                shape.attention,
+                f"{shape.num_sequences:,}",
+                f"{shape.num_tokens:,}",
+                f"{shape.predicted_time_s:.2f}",
+                f"{micro_batch.measured_time_s:.2f}" if row == 0 else "",
+            )
+    return table
+
+
+def comparison_table(rows: Sequence[BatchCompared]) -> Table:
+    """The same batches under two policies, with the ratio of their measured times."""
+    run, other = rows[0].run.policy, rows[0].other.policy
+    table = Table(title=f"the same batches: {run} against {other}", header_style="bold", title_justify="left")
+    headings = ("batch", "tokens", "longest", f"{run}: groups", "predicted s", "measured s")
+    for heading in (*headings, f"{other}: groups", "predicted s", "measured s", "speed-up", "loss differs by"):
+        table.add_column(heading, justify="left" if heading.endswith("groups") else "right")
+    for row in rows:
+        difference = abs(row.run.loss - row.other.loss) / max(abs(row.other.loss), 1e-30)
+        table.add_row(
+            str(row.batch),
+            f"{row.num_tokens:,}",
+            f"{row.longest:,}",
+            row.run.groups,
+            f"{row.run.predicted_time_s:.2f}",
+            f"{row.run.measured_time_s:.2f}",
+            row.other.groups,
+            f"{row.other.predicted_time_s:.2f}",
+            f"{row.other.measured_time_s:.2f}",
+            f"{row.other.measured_time_s / row.run.measured_time_s:.2f}x",
+            f"{difference:.1e}",
+        )
+    return table
+
+
+def geometric_mean_speed_up(rows: Sequence[BatchCompared]) -> float:
+    """Of the other policy's measured time over the run's; above 1 the run's policy is faster."""
+    logs = [math.log(row.other.measured_time_s / row.run.measured_time_s) for row in rows]
+    return math.exp(sum(logs) / len(logs))
