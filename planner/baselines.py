@@ -41,7 +41,8 @@ def static_draft(problem: Problem, degree: int) -> Draft:
         advice = f"use a degree of at least {fitting[0]}" if fitting else "no allowed degree holds it; use more ranks"
         raise InfeasibleError(
             f"sequence {longest} has {problem.lengths[longest]} tokens, which a group of static degree {degree} "
-            f"(at most {holds} tokens in {problem.cost_model.memory_limit_bytes:.0f} bytes per rank) cannot hold; {advice}."
+            f"(at most {holds} tokens in {problem.cost_model.memory_limit_bytes:.0f} bytes per rank) cannot hold; "
+            f"{advice}."
         )
     shape = homogeneous_shape(problem.num_ranks, degree)
     minimum = -(-sum(problem.lengths) // (len(shape) * holds))

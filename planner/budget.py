@@ -40,7 +40,9 @@ class Budget:
         """
         if isinstance(time_limit_s, bool) or not isinstance(time_limit_s, (int, float)) or not time_limit_s >= 0:
             raise PlanError(f"time_limit_s is {time_limit_s!r}; expected a number of seconds of at least 0.")
-        if node_limit is not None and (isinstance(node_limit, bool) or not isinstance(node_limit, int) or node_limit < 1):
+        if node_limit is not None and (
+            isinstance(node_limit, bool) or not isinstance(node_limit, int) or node_limit < 1
+        ):
             raise PlanError(f"node_limit is {node_limit!r}; expected an integer of at least 1, or None.")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
             raise PlanError(f"seed is {seed!r}; expected an integer from 0 to 2^31 - 1.")

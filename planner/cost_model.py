@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -94,14 +95,16 @@ class CostModel:
             )
             for degree, seconds in self.communication_s
         )
-        if any(left[0] >= right[0] for left, right in zip(pairs, pairs[1:], strict=False)):
+        if any(left[0] >= right[0] for left, right in itertools.pairwise(pairs)):
             raise CostModelError(f"communication_s lists degrees {[d for d, _ in pairs]}; expected them ascending.")
         object.__setattr__(self, "communication_s", pairs)
         as_object(self.metadata, "metadata", CostModelError)
         try:
             canonical_sha256(self.metadata)
         except (TypeError, ValueError) as cause:
-            raise CostModelError(f"metadata is not JSON content ({cause}); use strings, finite numbers, lists.") from cause
+            raise CostModelError(
+                f"metadata is not JSON content ({cause}); use strings, finite numbers, lists."
+            ) from cause
 
     def communication_s_per_share(self, degree: int) -> float:
         """Return the seconds of communication per (token/degree) of a group of `degree`; 0 for degree 1."""
@@ -138,7 +141,9 @@ class CostModel:
         for length in lengths:
             num_tokens += length
             squares += length * length
-        share = self.a1_s_per_token2 * squares + (self.a2_s_per_token + self.communication_s_per_share(degree)) * num_tokens
+        share = (
+            self.a1_s_per_token2 * squares + (self.a2_s_per_token + self.communication_s_per_share(degree)) * num_tokens
+        )
         return share / degree + self.fixed_s(degree)
 
     def group_memory_bytes(self, lengths: Iterable[int], degree: int, num_ranks: int) -> float:
@@ -220,7 +225,7 @@ class CostModel:
         table = as_object(content["communication_s"], "communication_s", CostModelError)
         for key in table:
             if not (key.isascii() and key.isdigit()):
-                raise CostModelError(f"communication_s has the key {key!r}; expected a degree such as \"4\".")
+                raise CostModelError(f'communication_s has the key {key!r}; expected a degree such as "4".')
         content["communication_s"] = tuple(sorted((int(key), seconds) for key, seconds in table.items()))
         return cls(**content)
 
@@ -230,7 +235,9 @@ class CostModel:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as cause:
-            raise CostModelError(f"cannot read cost model {path}: {cause}. Give a file that `raysp calibrate` wrote.") from cause
+            raise CostModelError(
+                f"cannot read cost model {path}: {cause}. Give a file that `raysp calibrate` wrote."
+            ) from cause
         return cls.from_json(text, what=f"cost model {path}")
 
     def save(self, path: str | Path) -> None:

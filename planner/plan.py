@@ -161,7 +161,8 @@ class StepPlan:
         expected = plan.expected_plan_id()
         if plan.plan_id != expected:
             raise PlanError(
-                f"{what} has plan_id {plan.plan_id}, but its content has {expected}: it was changed after planning. Plan again."
+                f"{what} has plan_id {plan.plan_id}, but its content has {expected}: it was changed after planning. "
+                "Plan again."
             )
         return plan
 

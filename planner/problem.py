@@ -123,7 +123,7 @@ def make_problem(
     tokens = checked_lengths(lengths)
     method = cost_model.attention if attention is None else attention
     if not isinstance(method, str) or not method or method == "local":
-        raise PlanError(f"attention is {attention!r}; expected the name of a parallel attention method, such as 'ring'.")
+        raise PlanError(f"attention is {attention!r}; expected a parallel attention method, such as 'ring'.")
     num_ranks = int(num_ranks)
     free_bytes = cost_model.memory_limit_bytes - cost_model.group_memory_bytes((), 1, num_ranks)
     if free_bytes < 0:
@@ -136,7 +136,7 @@ def make_problem(
 
 
 def allowed_degrees(num_ranks: int, cost_model: CostModel, attention: str, rule: str) -> tuple[int, ...]:
-    """Return the degrees that groups may have, ascending: at most `num_ranks`, by `rule`, heads dividing for Ulysses."""
+    """Return the degrees that groups may have, ascending; with Ulysses those that divide the heads."""
     if rule == "any":
         candidates = list(range(1, num_ranks + 1))
     else:
@@ -151,7 +151,9 @@ def checked_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
     checked = []
     for index, length in enumerate(lengths):
         if isinstance(length, bool) or not isinstance(length, (int, np.integer)) or length < 1:
-            raise PlanError(f"sequence {index} has length {length!r}; expected an integer of at least 1. Drop empty documents.")
+            raise PlanError(
+                f"sequence {index} has length {length!r}; expected an integer of at least 1. Drop empty documents."
+            )
         checked.append(int(length))
     return tuple(checked)
 
@@ -166,8 +168,8 @@ def check_longest_fits(problem: Problem) -> None:
         return
     needed = problem.cost_model.group_memory_bytes((length,), degree, problem.num_ranks)
     raise InfeasibleError(
-        f"sequence {longest} has {length} tokens and needs {needed:.0f} bytes on each rank of a group of degree {degree}, "
-        f"the largest that {problem.num_ranks} ranks allow here; the memory limit is "
+        f"sequence {longest} has {length} tokens and needs {needed:.0f} bytes on each rank of a group of degree "
+        f"{degree}, the largest that {problem.num_ranks} ranks allow here; the memory limit is "
         f"{problem.cost_model.memory_limit_bytes:.0f} bytes, which holds {holds} tokens. Use more ranks, allow larger "
         f"degrees, raise the memory limit, or split documents at {holds} tokens (data.max_length)."
     )

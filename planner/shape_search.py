@@ -103,9 +103,9 @@ def _unfiltered_neighbours(shape: Shape, degrees: Sequence[int]) -> Iterator[Sha
                     yield merged
     for giver in present:
         for taker in present:
-            if giver > 1 and giver - 1 in allowed and taker + 1 in allowed:
-                if giver != taker or shape.count(giver) > 1:
-                    yield _replaced(shape, (giver, taker), (giver - 1, taker + 1))
+            two = giver != taker or shape.count(giver) > 1
+            if two and giver - 1 in allowed and taker + 1 in allowed:
+                yield _replaced(shape, (giver, taker), (giver - 1, taker + 1))
 
 
 def _split(shape: Shape, large: int, small: int, degrees: Sequence[int]) -> Shape:

@@ -49,7 +49,12 @@ def parse_object(text: str, *, what: str, error: type[PlannerError]) -> dict[str
 
 
 def check_keys(
-    content: Mapping[str, Any], *, required: Iterable[str], optional: Iterable[str], what: str, error: type[PlannerError]
+    content: Mapping[str, Any],
+    *,
+    required: Iterable[str],
+    optional: Iterable[str],
+    what: str,
+    error: type[PlannerError],
 ) -> None:
     """Refuse unknown and missing keys, naming them and the ones that are known."""
     required, known = set(required), set(required) | set(optional)

@@ -31,14 +31,14 @@ class Communicator:
     """A process group together with the places of its ranks and a byte counter.
 
     Attributes:
-        process_group: The torch group; its ranks are ``ranks`` in this order.
+        process_group: The torch group; its ranks are ``ranks`` in this order. ``None`` where a rank is alone.
         ranks: Global ranks; the index is the group rank.
         group_rank: This process's index in ``ranks``.
         timeout_s: Stated in time-out errors; the group's own time-out decides.
         counter: What this rank has sent.
     """
 
-    process_group: dist.ProcessGroup
+    process_group: dist.ProcessGroup | None
     ranks: tuple[int, ...]
     group_rank: int
     timeout_s: float = float("nan")
@@ -48,6 +48,11 @@ class Communicator:
     def degree(self) -> int:
         """Number of ranks in the group."""
         return len(self.ranks)
+
+    @classmethod
+    def alone(cls) -> Communicator:
+        """A group of one, which never communicates."""
+        return cls(None, (0,), 0)
 
     @classmethod
     def wrap(cls, process_group: dist.ProcessGroup) -> Communicator:

@@ -136,17 +136,32 @@ class Communicators:
         if len(key) == self.world_size:
             process_group = self.world
         else:
-            name = f"creation of group {list(key)}"
-            await_ranks(self._store, name, global_rank=self.global_rank, ranks=key, timeout_s=self.timeout_s)
+            self._even_out_group_counts(key)
             # device_id together with use_local_synchronization would hang (ECOSYSTEM.md).
-            process_group = dist.new_group(
-                list(key), timeout=timedelta(seconds=self.timeout_s), use_local_synchronization=True
-            )
+            process_group = self._new_group(key)
         if self.device.type == "cuda":
             # NCCL forms its communicator at the first operation, where all ranks must take part; a first exchange in
             # which some rank has nothing to carry would hang.
             dist.all_reduce(torch.zeros(1, device=self.device), group=process_group)
         return process_group
+
+    def _even_out_group_counts(self, key: tuple[int, ...]) -> None:
+        """Give all members the same number of groups, by groups of one.
+
+        torch names a locally synchronised group after its ranks and the number of groups that the process has, so
+        members that were in different numbers of groups before would wait for each other under different names.
+        """
+        name = f"creation of group {list(key)}"
+        num_groups = len(dist.distributed_c10d._world.pg_names)
+        counts = await_ranks(
+            self._store, name, global_rank=self.global_rank, ranks=key, timeout_s=self.timeout_s, note=num_groups
+        )
+        for _ in range(max(counts.values()) - num_groups):
+            self._new_group((self.global_rank,))
+
+    def _new_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        timeout = timedelta(seconds=self.timeout_s)
+        return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
 
     def _check_ranks(self, key: tuple[int, ...]) -> None:
         if list(key) != sorted(set(key)) or not key or key[0] < 0 or key[-1] >= self.world_size:

@@ -14,7 +14,9 @@ from torch.distributed import DistStoreError, Store
 from raysp.comm.errors import RankTimeoutError
 
 
-def await_ranks(store: Store, name: str, *, global_rank: int, ranks: Sequence[int], timeout_s: float) -> None:
+def await_ranks(
+    store: Store, name: str, *, global_rank: int, ranks: Sequence[int], timeout_s: float, note: int = 0
+) -> dict[int, int]:
     """Write this rank's arrival and wait until every rank of ``ranks`` has written its own.
 
     Args:
@@ -23,12 +25,16 @@ def await_ranks(store: Store, name: str, *, global_rank: int, ranks: Sequence[in
         global_rank: This process; one of ``ranks``.
         ranks: Global ranks that take part.
         timeout_s: Longest wait for all of them together.
+        note: A number that the others get to know.
+
+    Returns:
+        The note of every rank.
 
     Raises:
         RankTimeoutError: Names the ranks whose arrival was not seen.
     """
     keys = {rank: f"arrived/{name}/{rank}" for rank in ranks}
-    store.set(keys[global_rank], "1")
+    store.set(keys[global_rank], str(note))
     deadline_s = time.monotonic() + timeout_s
     for rank in ranks:
         remaining_s = max(0.001, deadline_s - time.monotonic())
@@ -37,3 +43,4 @@ def await_ranks(store: Store, name: str, *, global_rank: int, ranks: Sequence[in
         except DistStoreError as error:
             missing = [other for other in ranks if not store.check([keys[other]])]
             raise RankTimeoutError(operation=name, missing_ranks=missing or [rank], timeout_s=timeout_s) from error
+    return {rank: int(store.get(key)) for rank, key in keys.items()}

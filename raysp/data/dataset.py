@@ -46,7 +46,7 @@ class TokenDataset:
     """Tokenized documents in Parquet. Make one with ``TokenDataset.open``.
 
     Every process opens the files for itself; any number may read at once, threads included. Decoded row groups are
-    kept up to 128 MiB, so memory stays bounded as long as single row groups are small, as ``raysp prepare`` writes them.
+    kept up to 128 MiB, so memory stays bounded where single row groups are small, as ``raysp prepare`` writes them.
 
     Attributes:
         sequence_lengths: int64 ``[num_sequences]``, tokens of every sequence, all pieces counted.
@@ -276,10 +276,12 @@ def _read_info(root: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}. Prepare the data again with raysp prepare.") from error
-    vocab_size = info.get("vocab_size") if isinstance(info, dict) else 0
+    if not isinstance(info, dict):
+        raise InputError(f"{path} is not a JSON object; expected what raysp prepare writes. Prepare the data again.")
+    vocab_size = info.get("vocab_size")
     if vocab_size is not None and (not isinstance(vocab_size, int) or vocab_size < 1):
         raise InputError(f"{path}: vocab_size is {vocab_size!r}; expected a positive integer. Prepare the data again.")
     return info

@@ -80,13 +80,13 @@ class BatchLoader:
 
     Args:
         sequence_ids: The ids to draw from, for example the training part of ``TokenDataset.split``; distinct.
-        sequence_lengths: Tokens of **every** sequence of the dataset, indexed by id (``TokenDataset.sequence_lengths``).
+        sequence_lengths: Tokens of each of them, in the same order.
         seed: Chooses the orders, at least 0.
         tokens_per_step: Sequences are added until the next one would exceed this; at least one is taken.
         sequences_per_step: Takes exactly this many. Give exactly one of the two.
 
     Raises:
-        InputError: No sequence is left, an id is outside the dataset or repeated, or not exactly one budget is given.
+        InputError: No sequence is left, an id is repeated, a length is below 1, or not exactly one budget is given.
     """
 
     def __init__(
@@ -98,15 +98,13 @@ class BatchLoader:
         tokens_per_step: int | None = None,
         sequences_per_step: int | None = None,
     ) -> None:
-        ids = np.unique(np.asarray(sequence_ids, dtype=np.int64))
+        ids = np.asarray(sequence_ids, dtype=np.int64)
         lengths = np.asarray(sequence_lengths, dtype=np.int64)
-        _check_ids(ids, num_given=len(sequence_ids), num_sequences=len(lengths))
+        _check_sequences(ids, lengths)
         _check_budget(tokens_per_step, sequences_per_step)
-        self._ids = ids
-        self._lengths = lengths[ids]
-        if self._lengths.min() < 1:
-            empty = int(ids[int(np.argmin(self._lengths))])
-            raise InputError(f"sequence {empty} has 0 tokens; expected at least 1. Drop empty documents.")
+        by_id = np.argsort(ids, kind="stable")
+        self._ids = ids[by_id]
+        self._lengths = lengths[by_id]
         self._seed = seed
         self._tokens_per_step = tokens_per_step
         self._sequences_per_step = sequences_per_step
@@ -159,10 +157,8 @@ class BatchLoader:
         if self._sequences_per_step is not None:
             return min(self.num_sequences - position, self._sequences_per_step - num_chosen)
         room = (self._tokens_per_step or 0) - num_tokens
-        count = (
-            int(np.searchsorted(current.token_ends, current.token_ends[position] + room, side="right")) - 1 - position
-        )
-        return max(count, 1) if num_chosen == 0 else count
+        stop = int(np.searchsorted(current.token_ends, current.token_ends[position] + room, side="right")) - 1
+        return max(stop - position, 0 if num_chosen else 1)
 
     def _pass(self, pass_index: int) -> _Pass:
         found = self._passes.get(pass_index)
@@ -185,16 +181,21 @@ class _Pass:
         return int(self.token_ends[stop] - self.token_ends[start])
 
 
-def _check_ids(ids: NDArray[np.int64], *, num_given: int, num_sequences: int) -> None:
+def _check_sequences(ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
     if not len(ids):
         raise InputError(
             "no sequence to train on; expected at least 1. Prepare more documents or lower data.validation_fraction."
         )
-    if len(ids) != num_given:
-        raise InputError(f"{num_given - len(ids)} sequence ids are repeated; expected distinct ids. Give each once.")
-    if ids[0] < 0 or ids[-1] >= num_sequences:
-        bad = int(ids[0]) if ids[0] < 0 else int(ids[-1])
-        raise InputError(f"sequence id {bad} is outside the dataset; expected 0 to {num_sequences - 1}. Correct it.")
+    if len(lengths) != len(ids):
+        raise InputError(f"{len(lengths)} lengths for {len(ids)} sequence ids; expected one per id. Pass both alike.")
+    num_repeated = len(ids) - len(np.unique(ids))
+    if num_repeated:
+        raise InputError(f"{num_repeated} sequence ids are repeated; expected distinct ids. Give each once.")
+    if lengths.min() < 1:
+        raise InputError(
+            f"sequence {int(ids[int(np.argmin(lengths))])} has 0 tokens; expected at least 1. Drop empty documents or "
+            "set data.drop_empty = true."
+        )
 
 
 def _check_budget(tokens_per_step: int | None, sequences_per_step: int | None) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -113,7 +114,7 @@ class DocumentFile:
         row = int(np.argmax(counts != others)) if len(counts) == len(others) else 0
         said = int(others[row]) if column == "length" else f"{int(others[row])} values"
         raise InputError(
-            f"{self.path}: row {first_row + row} has {int(counts[row])} input_ids, but its {column} column says {said}; "
+            f"{self.path}: row {first_row + row} has {int(counts[row])} input_ids, but its {column} says {said}; "
             "expected the same number. Write the file again, or prepare the data with raysp prepare."
         )
 
@@ -160,7 +161,7 @@ def _is_list_of(data_type: pa.DataType, is_value: object) -> bool:
 
 def _read_lengths(file: pq.ParquetFile) -> NDArray[np.int64]:
     column = file.read(columns=["length"], use_threads=False).column("length")
-    return column.cast(pa.int64()).fill_null(0).to_numpy()
+    return np.asarray(column.cast(pa.int64()).fill_null(0).to_numpy(), dtype=np.int64)
 
 
 def _count_lengths(file: pq.ParquetFile) -> NDArray[np.int64]:
@@ -172,7 +173,7 @@ def _count_lengths(file: pq.ParquetFile) -> NDArray[np.int64]:
     return np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
 
 
-def _flatten(column: pa.ChunkedArray, path: Path, name: str) -> tuple[NDArray, NDArray[np.int64]]:
+def _flatten(column: pa.ChunkedArray, path: Path, name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     counts = pc.fill_null(pc.list_value_length(column), 0).cast(pa.int64()).to_numpy()
     values = pc.list_flatten(column)
     if values.null_count:

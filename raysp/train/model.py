@@ -6,7 +6,6 @@ The attention of the model is swapped through transformers' ``AttentionInterface
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ ATTENTION_NAME = "raysp"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-@dataclass(frozen=True)
 class AttentionContext:
     """How the tokens of a forward pass lie on the ranks of a group; handed to every attention layer.
 
-    Attributes:
+    Not a dataclass: FSDP walks through those among a module's arguments to look for tensors.
+
+    Args:
         layout: The documents and who holds which of their tokens.
         group: Process group of the SP group; ``None`` for degree 1.
         group_rank: This process's place in the group.
@@ -34,11 +34,12 @@ class AttentionContext:
         kernel: Block kernel.
     """
 
-    layout: SequenceLayout
-    group: Any
-    group_rank: int
-    method: str
-    kernel: str
+    def __init__(self, *, layout: SequenceLayout, group: Any, group_rank: int, method: str, kernel: str) -> None:
+        self.layout = layout
+        self.group = group
+        self.group_rank = group_rank
+        self.method = method
+        self.kernel = kernel
 
 
 def _attention_forward(
@@ -198,10 +199,12 @@ def build_model(
         except (OSError, ValueError) as error:
             raise InputError(f"cannot load the weights in {config.path!r}: {_first_line(error)}.") from error
     else:
+        # Drawn in fp32 whatever the dtype, so that runs which differ in it alone start from the same weights.
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(
-                model_config, dtype=dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False
+                model_config, dtype=torch.float32, attn_implementation=ATTENTION_NAME, trust_remote_code=False
             )
+        model.to(dtype)
     if recompute == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()

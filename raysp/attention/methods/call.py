@@ -6,7 +6,7 @@ Symbols: T local rows, Hq, Hk heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from raysp.attention.schedule import Block, Rows
 from raysp.comm import Communicator
 
 Saved = tuple[Tensor, ...]
+ALL_HEADS = slice(None)
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class AttentionCall:
 
     Attributes:
         layout: The cut of the documents.
-        communicator: The group; ``None`` at degree 1.
+        group: The ranks of the SP group.
+        num_key_heads: Hk.
         kernel: Block kernel.
         causal: Causal inside each document.
         scale: Factor of the scores.
@@ -35,7 +37,8 @@ class AttentionCall:
     """
 
     layout: SequenceLayout
-    communicator: Communicator | None
+    group: Communicator
+    num_key_heads: int
     kernel: Kernel
     causal: bool
     scale: float
@@ -44,20 +47,11 @@ class AttentionCall:
     @property
     def group_rank(self) -> int:
         """This process's place in the group."""
-        return self.communicator.group_rank if self.communicator else 0
-
-    @property
-    def group(self) -> Communicator:
-        """The group; only methods of degree 2 and more ask for it."""
-        if self.communicator is None:
-            raise AssertionError("a method that communicates was called without a group")
-        return self.communicator
+        return self.group.group_rank
 
 
 class Method(Protocol):
     """A way to run attention over the ranks of a group."""
-
-    name: str
 
     def forward(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """Return the output of the local rows ``[T, Hq, D]`` and what the backward needs."""
@@ -70,65 +64,74 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class QueryRows:
-    """Some rows of a query shard and, for a backward, what belongs to them.
+    """A range of rows of a query shard.
 
     Attributes:
-        held: Which local rows of the owner the tensors hold.
+        held: Which local rows of the owner the tensor holds.
         q: ``[rows, Hq, D]``.
-        dout: Gradient of the output, like ``q``.
-        out: Final output, like ``q``; ``None`` where only ``delta`` is known.
-        lse: ``[Hq, rows]``.
-        delta: ``[Hq, rows]``.
     """
 
     held: Rows
     q: Tensor
-    dout: Tensor | None = None
-    out: Tensor | None = None
-    lse: Tensor | None = None
-    delta: Tensor | None = None
 
-    def select(self, rows: Rows, heads: slice) -> QueryRows:
-        """Views of these rows and heads."""
-        index = rows.relative_to(self.held)
-        by_row = [None if x is None else x[index, heads] for x in (self.q, self.dout, self.out)]
-        by_head = [None if x is None else x[heads, index] for x in (self.lse, self.delta)]
-        return QueryRows(rows, by_row[0], by_row[1], by_row[2], by_head[0], by_head[1])
+
+@dataclass(frozen=True)
+class OutputGradient:
+    """What a backward needs to know of query rows, besides the queries; rows as in the ``QueryRows`` beside it.
+
+    Attributes:
+        dout: Gradient of the final output, ``[rows, Hq, D]``.
+        lse: ``[Hq, rows]``, over all keys of the row.
+        delta: ``[Hq, rows]``, row sums of ``dout * out``.
+        out: Final output ``[rows, Hq, D]`` where it is at hand.
+    """
+
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor
+    out: Tensor | None
+
+    @classmethod
+    def of(cls, dout: Tensor, out: Tensor, lse: Tensor) -> OutputGradient:
+        """Form ``delta`` once, from the final output, in fp32 or fp64."""
+        dtype = accumulation_dtype(out.dtype)
+        delta = (dout.to(dtype) * out.to(dtype)).sum(dim=-1).transpose(0, 1).contiguous()
+        return cls(dout, lse, delta, out)
 
 
 @dataclass(frozen=True)
 class KeyRows:
-    """Some rows and heads of a key shard; ``k`` and ``v`` are ``[rows, heads, D]``.
+    """A range of rows, and some heads, of a key shard.
 
     Attributes:
         held: Which local rows of the owner the tensors hold.
-        k: Keys.
-        v: Values.
-        heads: Which key heads of the model they are.
+        k: ``[rows, key heads, D]``.
+        v: Like ``k``.
+        query_heads: The query heads that read these key heads.
     """
 
     held: Rows
     k: Tensor
     v: Tensor
-    heads: slice
+    query_heads: slice = field(default_factory=lambda: slice(None))
 
 
 class GradientSums:
-    """Sums of block gradients over a range of rows, in fp32 or fp64; ``[rows, heads, D]``."""
+    """Sums of block gradients over a range of rows, in fp32 or fp64; each of shape ``[rows, heads, D]``."""
 
     def __init__(self, held: Rows, like: Tensor, count: int) -> None:
         self.held = held
         dtype = accumulation_dtype(like.dtype)
         self.sums = [torch.zeros(len(held), *like.shape[1:], dtype=dtype, device=like.device) for _ in range(count)]
 
-    def add(self, rows: Rows, gradients: Iterable[Tensor], heads: slice = slice(None)) -> None:
+    def add(self, rows: Rows, gradients: Iterable[Tensor], heads: slice = ALL_HEADS) -> None:
         """Add the gradients of these rows and heads."""
         for total, gradient in zip(self.sums, gradients, strict=True):
             total[rows.relative_to(self.held), heads] += gradient
 
 
 def all_rows(tensor: Tensor) -> Rows:
-    """The range of all local rows."""
+    """The range of all local rows of ``[T, ...]``."""
     return Rows(0, tensor.shape[0])
 
 
@@ -136,42 +139,40 @@ def attend_blocks(
     call: AttentionCall, blocks: Iterable[Block], queries: QueryRows, keys: KeyRows, result: PartialResult, held: Rows
 ) -> None:
     """Run the forward of each block and merge it into ``result``, which holds the query rows ``held``."""
-    heads = query_heads(queries.q, keys)
     for block in blocks:
+        q = queries.q[block.queries.relative_to(queries.held), keys.query_heads]
         index = block.keys.relative_to(keys.held)
-        q = queries.select(block.queries, heads).q
         out, lse = call.kernel.forward(
             q, keys.k[index], keys.v[index], block.segments, causal=block.causal, scale=call.scale
         )
-        result.add(block.queries.relative_to(held), out, lse, heads)
+        result.add(block.queries.relative_to(held), out, lse, keys.query_heads)
 
 
 def differentiate_blocks(
     call: AttentionCall,
     blocks: Iterable[Block],
     queries: QueryRows,
+    gradient: OutputGradient,
     keys: KeyRows,
     query_sums: GradientSums,
     key_sums: GradientSums,
 ) -> None:
-    """Run the backward of each block and add its gradients to the sums of the query side and of the key side.
+    """Run the backward of each block and add to the sums of both sides.
 
-    ``key_sums`` holds the heads of ``keys``; ``query_sums`` holds all query heads.
+    ``query_sums`` holds ``dq`` of all query heads, ``key_sums`` holds ``dk`` and ``dv`` of the heads of ``keys``.
     """
-    heads = query_heads(queries.q, keys)
+    heads = keys.query_heads
     for block in blocks:
+        rows = block.queries.relative_to(queries.held)
         index = block.keys.relative_to(keys.held)
-        rows = queries.select(block.queries, heads)
-        if rows.dout is None or rows.lse is None or rows.delta is None:
-            raise AssertionError("a backward needs dout, lse and delta of its query rows")
         dq, dk, dv = call.kernel.backward(
-            rows.dout,
-            rows.q,
+            gradient.dout[rows, heads],
+            queries.q[rows, heads],
             keys.k[index],
             keys.v[index],
-            rows.out,
-            rows.lse,
-            rows.delta,
+            None if gradient.out is None else gradient.out[rows, heads],
+            gradient.lse[heads, rows],
+            gradient.delta[heads, rows],
             block.segments,
             causal=block.causal,
             scale=call.scale,
@@ -179,17 +180,3 @@ def differentiate_blocks(
         )
         query_sums.add(block.queries, (dq,), heads)
         key_sums.add(block.keys, (dk, dv))
-
-
-def row_delta(dout: Tensor, out: Tensor) -> Tensor:
-    """``delta [H, T]``, the row sums of ``dout * out``, in fp32 or fp64."""
-    dtype = accumulation_dtype(out.dtype)
-    return (dout.to(dtype) * out.to(dtype)).sum(dim=-1).transpose(0, 1).contiguous()
-
-
-def query_heads(q: Tensor, keys: KeyRows) -> slice:
-    """Query heads that read the key heads of ``keys``: all of them where ``keys`` holds all key heads."""
-    if keys.heads == slice(None):
-        return slice(None)
-    per_key_head = q.shape[1] // keys.heads.step if keys.heads.step else 1
-    return slice(keys.heads.start * per_key_head, keys.heads.stop * per_key_head)

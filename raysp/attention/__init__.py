@@ -1,0 +1,16 @@
+"""Exact attention of packed documents over the ranks of a sequence-parallel group."""
+
+from raysp.attention.chooser import METHODS, resolve_method_name
+from raysp.attention.kernels import KERNELS
+from raysp.attention.layout import SequenceLayout
+from raysp.attention.parallel import parallel_attention
+from raysp.attention.reference import reference_attention
+
+__all__ = [
+    "KERNELS",
+    "METHODS",
+    "SequenceLayout",
+    "parallel_attention",
+    "reference_attention",
+    "resolve_method_name",
+]

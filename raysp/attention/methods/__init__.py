@@ -1,0 +1,1 @@
+"""The methods of parallel attention; each is an executor over the same schedule and kernels."""

@@ -1,0 +1,82 @@
+"""What single ranks do in the attention tests: run a method on their rows, compare with full attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from raysp.attention import SequenceLayout, parallel_attention, reference_attention
+from raysp.comm import Communicators
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem, equal on all ranks."""
+
+    lengths: tuple[int, ...]
+    degree: int
+    num_heads: int = 4
+    num_key_heads: int = 2
+    head_size: int = 8
+    causal: bool = True
+    order: str = "zigzag"
+    dtype: torch.dtype = torch.float64
+    kernel: str = "auto"
+    scale: float | None = None
+    seed: int = 0
+
+
+def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and the gradient of the output of all tokens, in the case's dtype."""
+    generator = torch.Generator().manual_seed(case.seed)
+    num_tokens = sum(case.lengths)
+    return tuple(
+        torch.randn(num_tokens, heads, case.head_size, generator=generator, dtype=torch.float64).to(case.dtype)
+        for heads in (case.num_heads, case.num_key_heads, case.num_key_heads, case.num_heads)
+    )
+
+
+def run_reference(case: Case) -> tuple[Tensor, ...]:
+    """out, dq, dk, dv of full attention in fp64."""
+    q, k, v, dout = (tensor.double() for tensor in make_inputs(case))
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    out = reference_attention(*leaves, case.lengths, causal=case.causal, scale=case.scale)
+    return (out.detach(), *torch.autograd.grad(out, leaves, dout))
+
+
+def run_method(comms: Communicators, case: Case, method: str) -> tuple[tuple[Tensor, ...], Tensor] | None:
+    """This rank's (out, dq, dk, dv) and its global tokens; ``None`` on ranks outside the group."""
+    if comms.global_rank >= case.degree:
+        return None
+    layout = SequenceLayout(case.lengths, case.degree, order=case.order)
+    tokens = layout.token_indices(comms.global_rank)
+    q, k, v, dout = (tensor[tokens] for tensor in make_inputs(case))
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    out = parallel_attention(
+        *leaves,
+        layout=layout,
+        group=comms.group(range(case.degree)),
+        method=method,
+        causal=case.causal,
+        scale=case.scale,
+        kernel=case.kernel,
+    )
+    return (out.detach(), *torch.autograd.grad(out, leaves, dout)), tokens
+
+
+def max_errors(comms: Communicators, case: Case, methods: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    """Largest difference to full attention of out, dq, dk, dv on this rank, by method."""
+    truth = run_reference(case)
+    errors: dict[str, tuple[float, ...]] = {}
+    for method in methods:
+        found = run_method(comms, case, method)
+        if found is not None:
+            results, tokens = found
+            assert all(result.dtype == case.dtype for result in results)
+            errors[method] = tuple(
+                float((result.double() - expected[tokens]).abs().max()) if len(tokens) else 0.0
+                for result, expected in zip(results, truth, strict=True)
+            )
+    return errors
