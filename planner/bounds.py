@@ -46,9 +46,14 @@ def longest_s(problem: Problem) -> float:
     return max(alone)
 
 
-def step_lower_bound_s(problem: Problem) -> float:
-    """Return a lower bound of the predicted time of any plan of the batch, the fixed part of the step included."""
-    b1_s, count = problem.cost_model.b1_s, problem.min_micro_batches
+def step_lower_bound_s(problem: Problem, at_least_micro_batches: int = 1) -> float:
+    """Return a lower bound of the predicted time of any plan of the batch, the fixed part of the step included.
+
+    Args:
+        problem: The batch.
+        at_least_micro_batches: Only plans of at least so many micro-batches count.
+    """
+    b1_s, count = problem.cost_model.b1_s, max(problem.min_micro_batches, at_least_micro_batches)
     bound = max(count * b1_s + area_s(problem), (count - 1) * b1_s + longest_s(problem))
     # Sums of thousands of floats are off by a few units in the last place; a bound must stay below.
     return bound * (1 - 1e-12) + problem.cost_model.fixed_step_s

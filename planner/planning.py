@@ -113,7 +113,8 @@ def _with_static_degree(problem: Problem, policy: str) -> tuple[Problem, int]:
 
 def _step_plan(problem: Problem, result: SearchResult, sync: str, *, solve_time_s: float) -> StepPlan:
     step_time_s = problem.step_time_s(result.draft)
-    bound_s = step_time_s if result.exact else min(step_lower_bound_s(problem), step_time_s)
+    proven_s = max(step_lower_bound_s(problem), result.lower_bound_s)
+    bound_s = step_time_s if result.exact else min(proven_s, step_time_s)
     proven = step_time_s <= bound_s * (1 + _PROOF_TOLERANCE)
     outcome: Outcome = "optimal" if proven else "feasible"
     plan = StepPlan(

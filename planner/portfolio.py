@@ -30,11 +30,13 @@ class SearchResult:
         draft: The best draft found.
         exact: It is proven to be the best of all drafts.
         reason: For people.
+        lower_bound_s: No draft of the batch is faster, so far as the search itself proved; 0 if it proved nothing.
     """
 
     draft: Draft
     exact: bool
     reason: str
+    lower_bound_s: float = 0.0
 
 
 def adaptive_search(problem: Problem, budget: Budget, solvers: tuple[str, ...]) -> SearchResult:
@@ -44,6 +46,14 @@ def adaptive_search(problem: Problem, budget: Budget, solvers: tuple[str, ...]) 
     """
     if is_tiny(problem):
         return SearchResult(exact_draft(problem), True, "exact: every micro-batch split, shape and assignment")
+    return search_beyond_tiny(problem, budget, solvers)
+
+
+def search_beyond_tiny(problem: Problem, budget: Budget, solvers: tuple[str, ...]) -> SearchResult:
+    """Return the best draft of baselines, hill climbing and integer programs, for batches of any size.
+
+    The longest sequence must fit some degree.
+    """
     drafts = [
         (f"homogeneous degree {degree}", static_draft(problem, degree)) for degree in feasible_static_degrees(problem)
     ]
@@ -60,13 +70,23 @@ def adaptive_search(problem: Problem, budget: Budget, solvers: tuple[str, ...]) 
         found += 1
         step_time_s = problem.step_time_s(draft)
         if step_time_s < best_s:
-            reason, best, best_s = (
-                f"LPT and hill climbing over group shapes, {len(draft)} micro-batches",
-                draft,
-                step_time_s,
-            )
-    improved, notes = _programmed(problem, best, budget, solvers)
-    return SearchResult(improved, False, "; ".join([reason, *notes]))
+            best, best_s = draft, step_time_s
+            reason = f"LPT and hill climbing over group shapes, {len(draft)} micro-batches"
+    programs = _programmed(problem, best, budget, solvers)
+    bound_s = 0.0
+    if len(best) == 1:
+        # Either all sequences share one micro-batch, which the program bounds, or there are at least two.
+        bound_s = min(programs.bound_s + problem.cost_model.fixed_step_s, step_lower_bound_s(problem, 2))
+    return SearchResult(programs.draft, False, "; ".join([reason, *programs.notes]), bound_s)
+
+
+@dataclass(frozen=True)
+class _Programs:
+    """What the integer programs made of a draft; `bound_s` is the sum of their bounds, each for its own sequences."""
+
+    draft: Draft
+    notes: list[str]
+    bound_s: float
 
 
 def _climbed(problem: Problem, count: int, budget: Budget) -> Draft | None:
@@ -95,7 +115,7 @@ def _start_degrees(problem: Problem, ids: tuple[int, ...]) -> list[int]:
     return degrees if len(degrees) <= 12 else degrees[:: len(degrees) // 8] + degrees[-1:]
 
 
-def _programmed(problem: Problem, draft: Draft, budget: Budget, solvers: tuple[str, ...]) -> tuple[Draft, list[str]]:
+def _programmed(problem: Problem, draft: Draft, budget: Budget, solvers: tuple[str, ...]) -> _Programs:
     micro_batches = list(draft)
     fixed_step_s = problem.cost_model.fixed_step_s
     bounds = [step_lower_bound_s(_part(problem, micro_batch)) - fixed_step_s for micro_batch in micro_batches]
@@ -110,10 +130,12 @@ def _programmed(problem: Problem, draft: Draft, budget: Budget, solvers: tuple[s
         share_s = None if left_s is None else left_s / (len(promising) - place)
         result = improve_with_program(problem, micro_batches[index], bounds[index], share_s, budget, solvers)
         micro_batches[index] = result.micro_batch
+        bounds[index] = max(bounds[index], result.bound_s)
         if result.note and result.note not in notes:
             notes.append(result.note)
     improved = tuple(micro_batches)
-    return (improved, notes) if problem.step_time_s(improved) < problem.step_time_s(draft) else (draft, notes)
+    better = improved if problem.step_time_s(improved) < problem.step_time_s(draft) else draft
+    return _Programs(better, notes, sum(bounds))
 
 
 def _part(problem: Problem, micro_batch: DraftMicroBatch) -> Problem:

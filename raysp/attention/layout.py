@@ -71,7 +71,7 @@ class SequenceLayout:
         object.__setattr__(self, "_memo", {})
         self._check()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return SequenceLayout, (self.lengths, self.degree, self.order)
 
     @property
@@ -85,7 +85,7 @@ class SequenceLayout:
         return int(parts[-1].rows[-1])
 
     def token_indices(self, group_rank: int) -> Tensor:
-        """Global token (in the concatenation of the documents) of each local row, int64 ``[local_tokens]``. Read only."""
+        """Global token (in the joined documents) of each local row, int64 ``[local_tokens]``. Read only."""
         return self.memo(("token_indices", group_rank), lambda: self._row_values(group_rank, self._document_starts()))
 
     def positions(self, group_rank: int) -> Tensor:

@@ -106,8 +106,8 @@ def _communicator(group: dist.ProcessGroup | Communicator | None, layout: Sequen
     communicator = group if isinstance(group, Communicator) else Communicator.wrap(group)
     if communicator.degree != layout.degree:
         raise InputError(
-            f"the group has {communicator.degree} ranks and the layout degree {layout.degree}; expected the same. Build "
-            "the layout with the degree of the group that runs it."
+            f"the group has {communicator.degree} ranks and the layout degree {layout.degree}; expected the same. "
+            "Build the layout with the degree of the group that runs it."
         )
     return communicator
 

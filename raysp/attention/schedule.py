@@ -28,7 +28,7 @@ class Rows:
         return self.stop - self.start
 
     @property
-    def slice(self) -> slice:
+    def index(self) -> slice:
         """The range as an index."""
         return slice(self.start, self.stop)
 
@@ -157,13 +157,12 @@ def _build_blocks(
 def _part_blocks(queries: Part, keys: Part, causal: bool) -> list[Block]:
     _, q_index, k_index = np.intersect1d(queries.documents, keys.documents, assume_unique=True, return_indices=True)
     blocks: list[Block] = []
+    kinds: list[tuple[np.ndarray, bool]] = [(np.ones(len(q_index), dtype=bool), False)]
     if causal:
         full = keys.stops[k_index] <= queries.starts[q_index]
         diagonal = (keys.starts[k_index] == queries.starts[q_index]) & (keys.stops[k_index] == queries.stops[q_index])
         # A layout's pieces are equal or disjoint, so nothing else can carry work.
-        kinds = ((full, False), (diagonal, True))
-    else:
-        kinds = ((np.ones(len(q_index), dtype=bool), False),)
+        kinds = [(full, False), (diagonal, True)]
     for chosen, block_is_causal in kinds:
         q_chosen, k_chosen = q_index[chosen], k_index[chosen]
         if not len(q_chosen):

@@ -67,6 +67,7 @@ def calibrate(
     config: Config,
     dataset: TokenDataset,
     name: str,
+    max_mean_relative_error: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CalibrationFit:
     """Measure and fit a cost model. The workers' models are changed by it: initialize or load them afterwards.
@@ -76,6 +77,7 @@ def calibrate(
         config: The resolved configuration.
         dataset: Source of the probes' tokens.
         name: Of the cost model.
+        max_mean_relative_error: A fit that misses the measurements by more is refused.
         on_progress: Called with measurements done and planned.
 
     Raises:
@@ -113,7 +115,10 @@ def calibrate(
         work = _probe_work(probe, workers.size, method, dataset, longest_id)
         runs = [_run(workers, work, update=repeat == _REPEATS) for repeat in range(1 + _REPEATS)][1:]
         times_s = [max(result.micro_batch_times_s[0] for result in run) for run in runs]
-        samples.append(Sample(lengths=probe.lengths, degree=probe.degree, time_s=min(times_s), memory_bytes=None))
+        peak_bytes = max(result.peak_memory_bytes for run in runs for result in run)
+        samples.append(
+            Sample(lengths=probe.lengths, degree=probe.degree, time_s=min(times_s), memory_bytes=peak_bytes or None)
+        )
         fixed_step_s += [max(r.step_time_s - r.micro_batch_times_s[0] for r in runs[-1])]
     on_progress(len(probes), len(probes))
     return fit_cost_model(
@@ -123,11 +128,13 @@ def calibrate(
         model_state_bytes_total=state_bytes,
         model_state_bytes_fixed=fixed_bytes,
         memory_limit_bytes=limit_bytes,
-        bytes_per_token=bytes_per_token,
+        # Where the device records its peak, that is fitted; elsewhere what autograd keeps has to do.
+        bytes_per_token=None if samples[0].memory_bytes else bytes_per_token,
+        max_mean_relative_error=max_mean_relative_error,
         fixed_step_s=statistics.median(fixed_step_s),
         attention=method,
         num_heads=size.num_heads,
-        metadata=cost_model_key(config, workers),
+        metadata={"measured_for": cost_model_key(config, workers)},
     )
 
 

@@ -44,6 +44,8 @@ from raysp.train.work import StepResult
 
 _CHECKPOINT_TIMEOUT_S = 1800.0
 _FIRST_STEP_ALLOWANCE_S = 600.0
+# Mean relative error above which a measured cost model deserves distrust.
+_MAX_FIT_ERROR = 0.25
 # Dense bf16 peak of one GPU, from NVIDIA's data sheets; the MFU is reported for these alone.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
@@ -116,7 +118,7 @@ def measure_cost_model(config: Config, *, on_event: Callable[[Event], None]) -> 
     with ray_session(config.cluster) as resources:
         on_event(PhaseStarted(f"starting {config.cluster.num_workers} workers on {resources.device}"))
         with WorkerGroup(config, inputs.model_config, resources) as workers:
-            return _measure(inputs, workers, on_event)
+            return _measure(inputs, workers, on_event, max_mean_relative_error=_MAX_FIT_ERROR)
 
 
 class _Run:
@@ -173,7 +175,15 @@ class _Run:
             if dict(model.metadata).get("measured_for") == cost_model_key(self._config, self._workers):
                 self._recorder.handle(PhaseStarted(f"using the cost model measured before, {cached}"))
                 return model
-        fit = _measure(self._inputs, self._workers, self._recorder.handle)
+        # A poor fit costs speed, never correctness; it is reported, and no reason to refuse a run.
+        fit = _measure(self._inputs, self._workers, self._recorder.handle, max_mean_relative_error=math.inf)
+        if fit.mean_relative_error > _MAX_FIT_ERROR:
+            self._recorder.handle(
+                WarningRaised(
+                    f"the cost model misses its own measurements by {fit.mean_relative_error:.0%} on average; plans are "
+                    "valid but may be slow. Calibrate on an idle machine (`raysp calibrate`)."
+                )
+            )
         if cached is not None:
             cached.parent.mkdir(parents=True, exist_ok=True)
             fit.cost_model.save(cached)
@@ -389,7 +399,7 @@ class _Run:
 
 
 def _measure(
-    inputs: RunInputs, workers: WorkerGroup, on_event: Callable[[Event], None]
+    inputs: RunInputs, workers: WorkerGroup, on_event: Callable[[Event], None], *, max_mean_relative_error: float
 ) -> planner.CalibrationFit:
     on_event(PhaseStarted("measuring the cost model on these workers"))
     start_s = time.perf_counter()
@@ -398,10 +408,11 @@ def _measure(
         config=inputs.config,
         dataset=inputs.dataset,
         name=f"{inputs.model_config.model_type}-{workers.infos[0].device_name.lower().replace(' ', '-')}",
+        max_mean_relative_error=max_mean_relative_error,
     )
     on_event(
         PhaseStarted(
-            f"cost model from {len(fit.samples)} measurements in {time.perf_counter() - start_s:.0f} s: mean error "
+            f"cost model from {len(fit.residuals)} measurements in {time.perf_counter() - start_s:.0f} s: mean error "
             f"{fit.mean_relative_error:.1%}, largest {fit.max_relative_error:.1%}"
         )
     )

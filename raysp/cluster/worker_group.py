@@ -101,13 +101,12 @@ class WorkerGroup:
             loopback=self._resources.is_local, timeout_s=timeout_s
         )
         host, port = ray.get(self._rendezvous.address.remote(), timeout=timeout_s)
-        actor_class = ray.remote(Worker)
+        actor_class = ray.remote(concurrency_groups={"control": 1})(Worker)
         self._actors = [
             actor_class.options(
                 num_cpus=self._resources.num_cpus,
                 num_gpus=self._resources.num_gpus,
                 max_restarts=0,
-                concurrency_groups={"control": 1},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     placement_group=self._placement, placement_group_bundle_index=rank
                 ),

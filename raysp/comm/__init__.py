@@ -1,6 +1,6 @@
 """Transport between ranks; besides FSDP and checkpoints, the only package that calls ``torch.distributed``."""
 
-from raysp.comm.collectives import all_reduce_sum, all_to_all_rows, reduce_scatter_rows, start_all_gather_rows
+from raysp.comm.collectives import all_to_all_rows, reduce_scatter_rows, start_all_gather_rows
 from raysp.comm.communicator import ByteCounter, Communicator
 from raysp.comm.communicators import Communicators, init_process
 from raysp.comm.errors import RankLostError, RankTimeoutError
@@ -16,7 +16,6 @@ __all__ = [
     "PendingExchange",
     "RankLostError",
     "RankTimeoutError",
-    "all_reduce_sum",
     "all_reduce_sum",
     "all_to_all_rows",
     "await_ranks",

@@ -7,10 +7,8 @@ sums are taken in rank order on the rank that keeps them, so their bits do not d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from raysp.comm.communicator import Communicator
@@ -34,9 +32,8 @@ def start_all_gather_rows(
     parts = gathered.split(list(row_counts))
     me = communicator.group_rank
     parts[me].copy_(rows)
-    own = parts[me]
     others = _others(communicator)
-    sends = [Message(own, peer) for peer in others]
+    sends = [Message(parts[me], peer) for peer in others]
     recvs = [Message(parts[peer], peer) for peer in others]
     return gathered, exchange(sends, recvs, communicator)
 
@@ -84,21 +81,17 @@ def all_to_all_rows(
     """
     rows = rows.contiguous()
     received = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
-    offsets = [0, *accumulate(send_counts)]
-    for peer in _others(communicator):
-        if send_counts[peer]:
-            communicator.counter.count(rows[offsets[peer] : offsets[peer + 1]])
-    dist.all_to_all_single(
-        received, rows, list(recv_counts), list(send_counts), group=communicator.process_group
+    leaving, coming = rows.split(list(send_counts)), received.split(list(recv_counts))
+    me, others = communicator.group_rank, _others(communicator)
+    coming[me].copy_(leaving[me])
+    # Both backends build their all-to-all from such messages; an exchange can say which peer failed.
+    pending = exchange(
+        [Message(leaving[peer], peer) for peer in others],
+        [Message(coming[peer], peer) for peer in others],
+        communicator,
     )
+    pending.wait()
     return received
-
-
-def all_reduce_sum(tensor: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    """Replace ``tensor`` by its sum over the group, and return it; a group of one (``None``) changes nothing."""
-    if process_group is not None:
-        dist.all_reduce(tensor, group=process_group)
-    return tensor
 
 
 def _others(communicator: Communicator) -> list[int]:

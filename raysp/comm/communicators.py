@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed import PrefixStore, Store
 
 from raysp.comm.communicator import Communicator
 from raysp.comm.rendezvous import await_ranks
@@ -44,7 +44,7 @@ class Communicators:
         device: torch.device,
         timeout_s: float,
         max_groups: int = 128,
-        store: dist.Store | None = None,
+        store: Store | None = None,
     ) -> None:
         self.epoch = epoch
         self.global_rank = global_rank
@@ -64,10 +64,6 @@ class Communicators:
                 f"epoch {self.epoch}: the process group is closed; expected an open one. Call init_process first."
             )
         return dist.group.WORLD
-
-    def world_mesh(self) -> DeviceMesh:
-        """All ranks as a mesh of one axis, the shape FSDP2 shards over."""
-        return DeviceMesh.from_group(self.world, self.device.type)
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
         """The process group of these ranks; ``None`` for a single rank, which needs none. See ``communicator``."""
@@ -97,7 +93,7 @@ class Communicators:
         if len(self._communicators) >= self.max_groups:
             raise RayspError(
                 f"group {list(key)} would be number {len(self._communicators) + 1} of epoch {self.epoch}; expected at "
-                f"most {self.max_groups} groups. Restrict the planner to aligned power-of-two groups or raise max_groups."
+                f"most {self.max_groups} groups. Let the planner use aligned power-of-two groups, or raise max_groups."
             )
         communicator = Communicator(self._make_group(key), key, key.index(self.global_rank), self.timeout_s)
         self._communicators[key] = communicator
@@ -129,7 +125,7 @@ class Communicators:
             dist.distributed_c10d._abort_process_group()
 
     @property
-    def _store(self) -> dist.Store:
+    def _store(self) -> Store:
         return self._given_store or dist.distributed_c10d._get_default_store()
 
     def _make_group(self, key: tuple[int, ...]) -> dist.ProcessGroup:
@@ -157,11 +153,11 @@ class Communicators:
             self._store, name, global_rank=self.global_rank, ranks=key, timeout_s=self.timeout_s, note=num_groups
         )
         for _ in range(max(counts.values()) - num_groups):
-            self._new_group((self.global_rank,))
+            self._new_group((self.global_rank,), backend="gloo")
 
-    def _new_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    def _new_group(self, ranks: tuple[int, ...], backend: str | None = None) -> dist.ProcessGroup:
         timeout = timedelta(seconds=self.timeout_s)
-        return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        return dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
 
     def _check_ranks(self, key: tuple[int, ...]) -> None:
         if list(key) != sorted(set(key)) or not key or key[0] < 0 or key[-1] >= self.world_size:
@@ -177,7 +173,7 @@ class Communicators:
 
 
 def init_process(
-    store: dist.Store,
+    store: Store,
     *,
     global_rank: int,
     world_size: int,
@@ -201,7 +197,7 @@ def init_process(
         RankTimeoutError: Names the ranks that did not join in time.
     """
     device = torch.device(device)
-    prefixed = dist.PrefixStore(f"epoch{epoch}", store)
+    prefixed = PrefixStore(f"epoch{epoch}", store)
     await_ranks(
         prefixed, f"start of epoch {epoch}", global_rank=global_rank, ranks=range(world_size), timeout_s=timeout_s
     )

@@ -6,6 +6,7 @@ Both cross process borders (Ray ships them), so each defines ``__reduce__``.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from raysp.errors import RayspError
 
@@ -23,7 +24,7 @@ class RankTimeoutError(RayspError):
             "Look at the log of those ranks, or raise the time-out if their step is legitimately longer."
         )
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_timeout, (self.operation, self.missing_ranks, self.timeout_s)
 
 
@@ -40,7 +41,7 @@ class RankLostError(RayspError):
             "Form the communicators of a new epoch without it."
         )
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_lost, (self.operation, self.lost_ranks, self.reason)
 
 

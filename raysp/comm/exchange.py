@@ -82,10 +82,9 @@ def exchange(sends: Sequence[Message], recvs: Sequence[Message], communicator: C
     except RuntimeError as error:
         raise _transport_error(error, tuple(dict.fromkeys(peers)), communicator.timeout_s) from error
     # NCCL returns one work for the whole batch, gloo one for each operation.
-    if len(works) == len(operations):
-        owners = [(peer,) for peer in peers]
-    else:
-        owners = [tuple(dict.fromkeys(peers))] * len(works)
+    one_each = len(works) == len(operations)
+    everyone = tuple(dict.fromkeys(peers))
+    owners = [(peer,) if one_each else everyone for peer in peers[: len(works)]]
     tensors = [message.tensor for message in (*sends, *recvs)]
     return PendingExchange(list(zip(works, owners, strict=True)), tensors, communicator)
 

@@ -28,15 +28,16 @@ def run(config_path: Path, overrides: Sequence[str], output: Path) -> None:
     table = Table(title="measured and fitted", title_justify="left")
     for heading in ("degree", "sequences", "tokens", "longest", "measured s", "fitted s", "error"):
         table.add_column(heading, justify="right")
-    for sample, predicted_s in zip(fit.samples, fit.predicted_s, strict=True):
+    for residual in fit.residuals:
+        sample = residual.sample
         table.add_row(
             str(sample.degree),
             str(len(sample.lengths)),
             f"{sum(sample.lengths):,}",
             f"{max(sample.lengths):,}",
             f"{sample.time_s:.3f}",
-            f"{predicted_s:.3f}",
-            f"{predicted_s / sample.time_s - 1:+.1%}",
+            f"{residual.predicted_s:.3f}",
+            f"{residual.relative_error:+.1%}",
         )
     console.print(table)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -210,8 +210,8 @@ def _jsonl_rows(file: InputFile, text_column: str, counts: ReadCounts) -> Iterat
 
 
 def _open_lines(path: Path) -> BinaryIO:
-    opened = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
-    return cast(BinaryIO, opened)
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    return cast(BinaryIO, opener(path, "rb"))
 
 
 def _parse_object(line: bytes) -> dict[str, Any] | None:

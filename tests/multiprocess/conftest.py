@@ -11,7 +11,7 @@ import pytest
 # Rank functions are pickled by module name; spawned ranks inherit this path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gloo_pool import GlooPool  # noqa: E402
+from gloo_pool import GlooPool
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from raysp.comm import init_process
 TRANSPORT_TIMEOUT_S = 40.0
 
 
-class RankFailure(AssertionError):
+class RankFailedError(AssertionError):
     """A task raised on some rank, or a rank gave no answer; the message holds every rank's traceback."""
 
 
@@ -46,7 +46,7 @@ class GlooPool:
             timeout_s: Longest wait for all results together.
 
         Raises:
-            RankFailure: Some rank raised, died, or gave no answer in time.
+            RankFailedError: Some rank raised, died, or gave no answer in time.
         """
         if not self._processes:
             self._start()
@@ -66,7 +66,7 @@ class GlooPool:
         if failures:
             # Ranks that failed may have left messages behind; nobody should meet them.
             self.stop()
-            raise RankFailure("\n".join(failures))
+            raise RankFailedError("\n".join(failures))
         return [value for _, value in answers]
 
     def stop(self) -> None:

@@ -39,8 +39,8 @@ def resolve_kernel(name: str, *, device: torch.device, dtype: torch.dtype, head_
     )
     if name == "aten" and not flash_runs:
         raise InputError(
-            f"kernel 'aten' on {device.type} cannot run {dtype} with head size {head_size}; expected bf16 or fp16 and a "
-            f"head size up to {MAX_FLASH_HEAD_SIZE} on CUDA. Use kernel = 'eager' or another dtype."
+            f"kernel 'aten' on {device.type} cannot run {dtype} with head size {head_size}; expected bf16 or fp16 and "
+            f"a head size up to {MAX_FLASH_HEAD_SIZE} on CUDA. Use kernel = 'eager' or another dtype."
         )
     if name == "eager" or not flash_runs:
         return EagerKernel()

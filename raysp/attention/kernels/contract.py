@@ -15,7 +15,10 @@ from raysp.attention.schedule import Segments
 class Kernel(Protocol):
     """Attention of packed segments, forward with LSE and backward from a global LSE."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The name users choose it by."""
+        ...
 
     def forward(
         self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments, *, causal: bool, scale: float
@@ -31,8 +34,8 @@ class Kernel(Protocol):
             scale: Factor of the scores.
 
         Returns:
-            ``out [Tq, Hq, D]`` in the input dtype, 0 for a row without keys, and ``lse [Hq, Tq]``, natural log, fp32 (fp64
-            for fp64 inputs), ``-inf`` for a row without keys.
+            ``out [Tq, Hq, D]`` in the input dtype, 0 for a row without keys, and ``lse [Hq, Tq]``, natural log, fp32
+            (fp64 for fp64 inputs), ``-inf`` for a row without keys.
         """
         ...
 
@@ -58,7 +61,7 @@ class Kernel(Protocol):
             q_THD: ``[Tq, Hq, D]``.
             k_THD: ``[Tk, Hk, D]``.
             v_THD: Like ``k_THD``.
-            out_THD: Final output ``[Tq, Hq, D]`` where the caller has it, else ``None``: ``delta_HT`` then stands for it.
+            out_THD: Final output ``[Tq, Hq, D]`` where it is at hand; ``None``: ``delta_HT`` stands for it.
             lse_HT: ``[Hq, Tq]``, over all keys of the row, not only this block's.
             delta_HT: ``[Hq, Tq]``, row sums of ``dout * out``.
             segments: As in the forward.

@@ -77,7 +77,7 @@ class AllGather:
 def _start_gather(call: AttentionCall, k: Tensor, v: Tensor) -> tuple[Tensor, PendingExchange]:
     """Keys and values ``[rows of all ranks, 2, Hk, D]``, valid once the exchange is over."""
     shared = _shared_rows(call.layout, call.causal)
-    mine = shared[call.group_rank].slice
+    mine = shared[call.group_rank].index
     return start_all_gather_rows(torch.stack((k[mine], v[mine]), dim=1), [len(rows) for rows in shared], call.group)
 
 
@@ -127,7 +127,7 @@ def _gathered_places(layout: SequenceLayout, causal: bool) -> tuple[np.ndarray, 
     for rank, rows in enumerate(shared):
         tokens = layout.token_indices(rank).numpy()
         holder[tokens] = rank
-        place[tokens[rows.slice]] = np.arange(offsets[rank], offsets[rank + 1])
+        place[tokens[rows.index]] = np.arange(offsets[rank], offsets[rank + 1])
     return place, holder
 
 

@@ -9,7 +9,6 @@ Source: ring attention (arXiv:2310.01889); zigzag order: llama 3 and ring-flash-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +28,7 @@ from raysp.attention.methods.call import (
     attend_blocks,
     differentiate_blocks,
 )
-from raysp.attention.schedule import Rows, pair_blocks
+from raysp.attention.schedule import Block, Rows, pair_blocks
 from raysp.comm import Message, exchange
 
 
@@ -82,8 +81,7 @@ class KeyRing:
         dq, own = GradientSums(queries.held, q, 1), GradientSums(all_rows(k), k, 2)
         blocks = pair_blocks(call.layout, call.group_rank, call.group_rank, causal=call.causal)
         travellers = [
-            _Traveller(call, stream, k, v)
-            for stream in self._streams(call, q.shape[1], k.shape[1], with_return=True)
+            _Traveller(call, stream, k, v) for stream in self._streams(call, q.shape[1], k.shape[1], with_return=True)
         ]
         # One more hop than ranks: the last brings the sums home.
         for hop in range(call.layout.degree + 1):
@@ -151,7 +149,7 @@ class _Traveller:
         self._sums: GradientSums | None = None
         self._incoming: GradientSums | None = None
 
-    def blocks(self, hop: int) -> Sequence:
+    def blocks(self, hop: int) -> tuple[Block, ...]:
         """Work with the keys that are here at this hop."""
         return self._route.blocks(self._owner(hop), hop)
 

@@ -26,7 +26,7 @@ from raysp.attention.methods.call import (
     attend_blocks,
     differentiate_blocks,
 )
-from raysp.attention.schedule import Rows, pair_blocks
+from raysp.attention.schedule import Block, Rows, pair_blocks
 from raysp.comm import Message, exchange
 
 
@@ -53,7 +53,7 @@ class TokenRing:
             pending.wait()
             if returns.tensors and len(returns.rows):
                 out, lse = returns.tensors
-                result.add(returns.rows.slice, out, lse.transpose(0, 1))
+                result.add(returns.rows.index, out, lse.transpose(0, 1))
             held = arriving
         out = result.out.to(q.dtype)
         return out, (q, k, v, out, result.lse)
@@ -135,7 +135,7 @@ class _Move:
         return _Held(rows, buffers)
 
 
-def _work(call: AttentionCall, route: Itinerary, hop: int, own_rows: Rows) -> tuple[tuple, Rows]:
+def _work(call: AttentionCall, route: Itinerary, hop: int, own_rows: Rows) -> tuple[tuple[Block, ...], Rows]:
     """Blocks of this rank at this hop, and the query rows of the owner that they write."""
     if hop == 0:
         return pair_blocks(call.layout, call.group_rank, call.group_rank, causal=call.causal), own_rows

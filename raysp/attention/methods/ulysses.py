@@ -62,8 +62,8 @@ def check_heads(degree: int, num_heads: int, num_key_heads: int) -> None:
         )
     if not heads_divide(degree, num_heads, num_key_heads):
         raise InputError(
-            f"ulysses cannot share {num_key_heads} key heads over a group of degree {degree}; expected one to divide the "
-            "other. Use another degree, or method 'ring', which runs any degree."
+            f"ulysses cannot share {num_key_heads} key heads over a group of degree {degree}; expected one to divide "
+            "the other. Use another degree, or method 'ring', which runs any degree."
         )
 
 

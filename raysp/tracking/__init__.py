@@ -1,0 +1,1 @@
+"""What happened in a run: events, the console, MLflow. Importing this loads no heavy library."""
