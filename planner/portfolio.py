@@ -16,10 +16,16 @@ from planner.exact import exact_draft, is_tiny
 from planner.integer_program import improve_with_program
 from planner.micro_batches import candidate_counts, split_contiguous
 from planner.problem import Draft, DraftMicroBatch, Problem
-from planner.shape_search import climb, filled_shape
+from planner.shape_search import climb, filled_shape, polish
 
 # A draft this close to the bound of its micro-batches is left alone by the integer program.
 _GOOD_ENOUGH = 1e-3
+# More micro-batches than memory forces cost their fixed time and seldom pay.
+_MAX_COUNTS = 4
+_NUM_CLIMBS = 3
+_SOLVER_PATIENCE = 3
+# With so few degrees every one is tried in every climb.
+_FEW_DEGREES = 12
 
 
 @dataclass(frozen=True)
@@ -59,19 +65,18 @@ def search_beyond_tiny(problem: Problem, budget: Budget, solvers: tuple[str, ...
     ]
     reason, best = min(drafts, key=lambda named: problem.step_time_s(named[1]))
     best_s = problem.step_time_s(best)
-    floor_s = area_s(problem) + problem.cost_model.fixed_step_s
-    found = 0
-    for count in candidate_counts(problem.min_micro_batches, len(problem.lengths), num_tried=6):
-        if found > 3 or budget.expired() or count * problem.cost_model.b1_s + floor_s >= best_s:
-            break
-        draft = _climbed(problem, count, budget)
-        if draft is None:
-            continue
-        found += 1
-        step_time_s = problem.step_time_s(draft)
+    climbed = _climb_counts(problem, best_s, budget)
+    for climbs in climbed:
+        step_time_s = problem.step_time_s(_draft(climbs))
         if step_time_s < best_s:
-            best, best_s = draft, step_time_s
-            reason = f"LPT and hill climbing over group shapes, {len(draft)} micro-batches"
+            best, best_s = _draft(climbs), step_time_s
+            reason = f"LPT and hill climbing over group shapes, {len(climbs)} micro-batches"
+    for climbs in climbed:
+        polished = _draft(_polished(problem, climbs, budget))
+        step_time_s = problem.step_time_s(polished)
+        if step_time_s < best_s:
+            best, best_s = polished, step_time_s
+            reason = f"LPT and hill climbing over group shapes, {len(climbs)} micro-batches"
     programs = _programmed(problem, best, budget, solvers)
     bound_s = 0.0
     if len(best) == 1:
@@ -89,30 +94,80 @@ class _Programs:
     bound_s: float
 
 
-def _climbed(problem: Problem, count: int, budget: Budget) -> Draft | None:
+def _climb_counts(problem: Problem, best_s: float, budget: Budget) -> list[list[Balanced]]:
+    """Return the climbs of several micro-batch counts, the fastest first."""
+    floor_s = area_s(problem) + problem.cost_model.fixed_step_s
+    climbed: list[list[Balanced]] = []
+    for count in candidate_counts(problem.min_micro_batches, len(problem.lengths), num_tried=6):
+        too_many = count * problem.cost_model.b1_s + floor_s >= best_s
+        if len(climbed) >= _MAX_COUNTS or too_many or budget.expired():
+            break
+        climbs = _climbed(problem, count, budget)
+        if climbs is not None:
+            climbed.append(climbs)
+            best_s = min(best_s, problem.step_time_s(_draft(climbs)))
+    return sorted(climbed, key=lambda climbs: problem.step_time_s(_draft(climbs)))
+
+
+def _climbed(problem: Problem, count: int, budget: Budget) -> list[Balanced] | None:
     order = problem.descending
-    micro_batches: list[DraftMicroBatch] = []
-    previous: Balanced | None = None
+    climbs: list[Balanced] = []
     for run in split_contiguous([problem.lengths[i] for i in order], count):
         ids = order[run]
         # Neighbours in length want similar shapes, so the last answer is a good start; the homogeneous ones are safe.
-        starts: list[Shape] = [] if previous is None else [previous.shape]
-        starts += [
-            filled_shape((degree,) * (problem.num_ranks // degree), problem.num_ranks, problem.degrees)
-            for degree in _start_degrees(problem, ids)
-        ]
-        previous = climb(problem, Shares(problem, ids), starts, budget.expired)
-        if previous is None:
+        starts = [climbs[-1].shape] if climbs else []
+        found = climb(
+            problem,
+            Shares(problem, ids),
+            starts + _homogeneous_starts(problem, ids),
+            budget.expired,
+            degrees=_coarse_degrees(problem),
+        )
+        if found is None:
             return None
-        micro_batches.append(previous.draft())
-    return tuple(micro_batches)
+        climbs.append(found)
+    return climbs
 
 
-def _start_degrees(problem: Problem, ids: tuple[int, ...]) -> list[int]:
+def _polished(problem: Problem, climbs: list[Balanced], budget: Budget) -> list[Balanced]:
+    polished: list[Balanced] = []
+    for best in climbs:
+        if budget.expired():
+            polished.append(best)
+            continue
+        ids = tuple(sorted((i for group in best.members for i in group), key=lambda i: (-problem.lengths[i], i)))
+        shares = Shares(problem, ids)
+        others = climb(
+            problem,
+            shares,
+            _homogeneous_starts(problem, ids),
+            budget.expired,
+            degrees=_coarse_degrees(problem),
+            num_climbs=_NUM_CLIMBS,
+        )
+        if others is not None and others.makespan_s < best.makespan_s:
+            best = others
+        polished.append(polish(problem, shares, best, budget.expired))
+    return polished
+
+
+def _draft(balanced: list[Balanced]) -> Draft:
+    return tuple(item.draft() for item in balanced)
+
+
+def _homogeneous_starts(problem: Problem, ids: tuple[int, ...]) -> list[Shape]:
+    num_ranks, degrees = problem.num_ranks, _coarse_degrees(problem)
     longest = max(problem.lengths[i] for i in ids)
-    degrees = [degree for degree in problem.degrees if problem.max_tokens[degree] >= longest]
-    # With any degree allowed there are as many starts as ranks; a geometric choice of them is enough.
-    return degrees if len(degrees) <= 12 else degrees[:: len(degrees) // 8] + degrees[-1:]
+    fitting = [degree for degree in degrees if problem.max_tokens[degree] >= longest] or [problem.degrees[-1]]
+    return [filled_shape((degree,) * (num_ranks // degree), num_ranks, degrees) for degree in fitting]
+
+
+def _coarse_degrees(problem: Problem) -> tuple[int, ...]:
+    """Return a few of many allowed degrees, for the first climbs; polishing uses all of them."""
+    degrees = problem.degrees
+    if len(degrees) <= _FEW_DEGREES:
+        return degrees
+    return tuple(degree for degree in degrees if degree & (degree - 1) == 0 or degree == degrees[-1])
 
 
 def _programmed(problem: Problem, draft: Draft, budget: Budget, solvers: tuple[str, ...]) -> _Programs:
@@ -127,7 +182,8 @@ def _programmed(problem: Problem, draft: Draft, budget: Budget, solvers: tuple[s
         if budget.expired() or not solvers:
             break
         left_s = budget.left_s()
-        share_s = None if left_s is None else left_s / (len(promising) - place)
+        # Easy programs end early; a hard one must not keep the caller waiting for a gain that seldom comes.
+        share_s = None if left_s is None else left_s / (len(promising) - place + _SOLVER_PATIENCE)
         result = improve_with_program(problem, micro_batches[index], bounds[index], share_s, budget, solvers)
         micro_batches[index] = result.micro_batch
         bounds[index] = max(bounds[index], result.bound_s)

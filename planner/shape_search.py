@@ -6,11 +6,13 @@ empty. Moves split one group or merge several; every shape is judged by dealing 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 from planner.balance import MIN_GAIN, Balanced, Shape, Shares, deal, relieve
 from planner.problem import Problem
+
+# Moves and swaps seldom gain more than this on an LPT deal.
+_WITHIN_REACH = 1.05
 
 
 def homogeneous_shape(num_ranks: int, degree: int) -> Shape:
@@ -46,44 +48,67 @@ def climb(
     shares: Shares,
     starts: Sequence[Shape],
     expired: Callable[[], bool],
+    *,
+    degrees: Sequence[int],
+    num_climbs: int = 1,
 ) -> Balanced | None:
-    """Find a good shape for one micro-batch: best start, then the first better neighbour until there is none.
+    """Find a good shape for one micro-batch, judging shapes by LPT: to the first better neighbour until there is none.
 
     Args:
         problem: The batch.
         shares: The micro-batch.
         starts: Shapes to begin with.
         expired: Says that time is over; the best so far is returned.
+        degrees: Degrees that moves may use, ascending, starting with 1.
+        num_climbs: From how many of the starts, the best ones, to climb.
 
     Returns:
-        The best balanced groups found, or `None` if LPT could fill none of the shapes within memory.
+        The best balanced groups found, or `None` if LPT could fill none of the starts within memory.
     """
-    judged: set[Shape] = set()
-    best: Balanced | None = None
-    for shape in starts:
-        if shape not in judged:
-            judged.add(shape)
-            best = deal(shares, shape, _cutoff_s(best)) or best
-    if best is None:
+    dealt = [deal(shares, shape) for shape in dict.fromkeys(starts)]
+    feasible = sorted((start for start in dealt if start is not None), key=lambda start: start.makespan_s)
+    if not feasible:
         return None
+
+    def dealt_better(shape: Shape, best: Balanced) -> Balanced | None:
+        return deal(shares, shape, best.makespan_s * (1 - MIN_GAIN))
+
+    peaks = [_uphill(start, dealt_better, degrees, expired) for start in feasible[:num_climbs]]
+    return min((relieve(problem, peak) for peak in peaks), key=lambda peak: peak.makespan_s)
+
+
+def polish(problem: Problem, shares: Shares, best: Balanced, expired: Callable[[], bool]) -> Balanced:
+    """Climb on from `best`, judging shapes after moves and swaps: slower than `climb`, and finer. Never worse."""
+
+    def relieved_better(shape: Shape, best: Balanced) -> Balanced | None:
+        near = deal(shares, shape, best.makespan_s * _WITHIN_REACH)
+        better = None if near is None else relieve(problem, near)
+        return better if better is not None and better.makespan_s < best.makespan_s * (1 - MIN_GAIN) else None
+
+    return _uphill(best, relieved_better, problem.degrees, expired)
+
+
+def _uphill(
+    best: Balanced,
+    better_at: Callable[[Shape, Balanced], Balanced | None],
+    degrees: Sequence[int],
+    expired: Callable[[], bool],
+) -> Balanced:
+    judged = {best.shape}
     improved = True
-    while improved and not expired():
+    while improved:
         improved = False
-        for shape in neighbour_shapes(best.shape, problem.degrees):
+        for shape in neighbour_shapes(best.shape, degrees):
+            if expired():
+                return best
             if shape in judged:
                 continue
             judged.add(shape)
-            better = deal(shares, shape, _cutoff_s(best))
+            better = better_at(shape, best)
             if better is not None:
                 best, improved = better, True
                 break
-            if expired():
-                break
-    return relieve(problem, best)
-
-
-def _cutoff_s(best: Balanced | None) -> float:
-    return math.inf if best is None else best.makespan_s * (1 - MIN_GAIN)
+    return best
 
 
 def _unfiltered_neighbours(shape: Shape, degrees: Sequence[int]) -> Iterator[Shape]:

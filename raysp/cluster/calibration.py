@@ -23,7 +23,8 @@ from raysp.errors import InputError
 from raysp.train.session import ModelSize
 from raysp.train.work import GroupWork, StepResult, StepWork
 
-_REPEATS = 2
+# Measurements longer than this are not repeated: their noise is small beside them.
+_LONG_RUN_S = 2.0
 _TIMEOUT_S = 900.0
 # parameters + gradients + two AdamW moments, in fp32 or fp64
 _STATE_COPIES = 4
@@ -51,11 +52,11 @@ def plan_probes(*, num_ranks: int, longest: int, max_tokens_per_rank: float) -> 
         capacity = int(max(degree, min(longest, max_tokens_per_rank * degree)))
         middle, short = max(degree, capacity // 4), max(1, min(256, capacity // 8))
         probes += [
-            Probe(degree, (capacity,)),
-            Probe(degree, (middle,)),
-            Probe(degree, (short,) * max(1, middle // short)),
             Probe(degree, (max(1, capacity // 32),)),
-            Probe(degree, (max(1, capacity // 2), max(1, capacity // 8), max(1, capacity // 16))),
+            Probe(degree, (short,) * max(1, middle // short)),
+            Probe(degree, (middle,)),
+            Probe(degree, (max(1, capacity // 2), max(1, capacity // 8))),
+            Probe(degree, (capacity,)),
         ]
         degree *= 2
     return list(dict.fromkeys(probes))
@@ -110,16 +111,26 @@ def calibrate(
         probes = [probe for probe in probes if size.num_heads % probe.degree == 0]
     samples = []
     fixed_step_s = []
+    warmed_up: set[int] = set()
     for index, probe in enumerate(probes):
         on_progress(index, len(probes))
         work = _probe_work(probe, workers.size, method, dataset, longest_id)
-        runs = [_run(workers, work, update=repeat == _REPEATS) for repeat in range(1 + _REPEATS)][1:]
-        times_s = [max(result.micro_batch_times_s[0] for result in run) for run in runs]
+        if probe.degree not in warmed_up:  # the first pass makes communicators and loads kernels
+            _run(workers, work, update=True)
+            warmed_up.add(probe.degree)
+        runs = [_run(workers, work, update=True)]
+        if _slowest_s(runs[0]) < _LONG_RUN_S:
+            runs.append(_run(workers, work, update=True))
         peak_bytes = max(result.peak_memory_bytes for run in runs for result in run)
         samples.append(
-            Sample(lengths=probe.lengths, degree=probe.degree, time_s=min(times_s), memory_bytes=peak_bytes or None)
+            Sample(
+                lengths=probe.lengths,
+                degree=probe.degree,
+                time_s=min(_slowest_s(run) for run in runs),
+                memory_bytes=peak_bytes or None,
+            )
         )
-        fixed_step_s += [max(r.step_time_s - r.micro_batch_times_s[0] for r in runs[-1])]
+        fixed_step_s.append(max(result.step_time_s - result.micro_batch_times_s[0] for result in runs[-1]))
     on_progress(len(probes), len(probes))
     return fit_cost_model(
         samples,
@@ -190,6 +201,10 @@ def _probe_work(
         )
         parts.append(StepWork(step=0, micro_batches=(work if group < groups else None,)))
     return parts
+
+
+def _slowest_s(results: list[StepResult]) -> float:
+    return max(result.micro_batch_times_s[0] for result in results)
 
 
 def _run(workers: WorkerGroup, work: list[StepWork], *, update: bool) -> list[StepResult]:

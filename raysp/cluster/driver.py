@@ -32,6 +32,7 @@ from raysp.tracking.events import (
     CheckpointSaved,
     Event,
     MicroBatchFinished,
+    PhaseProgressed,
     PhaseStarted,
     PolicyMeasured,
     StepFinished,
@@ -409,6 +410,7 @@ def _measure(
         dataset=inputs.dataset,
         name=f"{inputs.model_config.model_type}-{workers.infos[0].device_name.lower().replace(' ', '-')}",
         max_mean_relative_error=max_mean_relative_error,
+        on_progress=lambda done, total: on_event(PhaseProgressed(done, total)),
     )
     on_event(
         PhaseStarted(

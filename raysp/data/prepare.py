@@ -321,7 +321,7 @@ def _info(
     counts: ReadCounts,
 ) -> dict[str, Any]:
     lengths = np.asarray(writer.lengths, dtype=np.int64)
-    p50, p90, p99 = np.percentile(lengths, [50, 90, 99], method="lower").tolist()
+    p50, p90, p99 = np.percentile(lengths, [50, 90, 99], method="inverted_cdf").tolist()
     return {
         "schema_version": SCHEMA_VERSION,
         "documents": len(lengths),

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from raysp.tracking.events import (
     BatchCompared,
     CheckpointSaved,
     Event,
+    PhaseProgressed,
     PhaseStarted,
     StepFinished,
     ValidationFinished,
@@ -34,12 +36,17 @@ class ConsoleReporter:
     def __init__(self, console: Console, *, detail: str = "auto") -> None:
         self._console = console
         self._detail = detail
+        self._phase = ""
+        self._progress: tuple[Progress, TaskID] | None = None
 
     def handle(self, event: Event) -> None:
         """Print one event."""
         match event:
             case PhaseStarted():
+                self._phase = event.text
                 self._console.print(f"[dim]• {escape(event.text)}[/dim]", highlight=False)
+            case PhaseProgressed():
+                self._show_progress(event)
             case WarningRaised():
                 self._console.print(f"[yellow]warning:[/yellow] {escape(event.text)}", highlight=False)
             case StepFinished():
@@ -53,6 +60,18 @@ class ConsoleReporter:
                 self._console.print(f"  checkpoint after step {event.step}: {escape(event.path)}", highlight=False)
             case BatchCompared():
                 pass  # shown together, by comparison_table
+
+    def _show_progress(self, event: PhaseProgressed) -> None:
+        """A bar while the phase lasts; it leaves no trace, in a log file in particular."""
+        if self._progress is None:
+            progress = Progress(console=self._console, transient=True, disable=not self._console.is_terminal)
+            self._progress = progress, progress.add_task(escape(self._phase), total=event.total)
+            progress.start()
+        progress, task = self._progress
+        progress.update(task, completed=event.done)
+        if event.done >= event.total:
+            progress.stop()
+            self._progress = None
 
     def _step(self, event: StepFinished) -> None:
         mfu = f" · mfu {event.mfu:.1%}" if event.mfu is not None else ""

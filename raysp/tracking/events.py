@@ -13,6 +13,14 @@ class PhaseStarted:
 
 
 @dataclass(frozen=True)
+class PhaseProgressed:
+    """So much of the phase that started last is done."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class WarningRaised:
     """Something the user should know that does not stop the run."""
 
@@ -139,6 +147,7 @@ class BatchCompared:
 
 Event = (
     PhaseStarted
+    | PhaseProgressed
     | WarningRaised
     | StepFinished
     | ValidationFinished

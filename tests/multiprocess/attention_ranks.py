@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from raysp.attention import SequenceLayout, parallel_attention, reference_attention
 from raysp.comm import Communicators
+from raysp.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,72 @@ def max_errors(comms: Communicators, case: Case, methods: tuple[str, ...]) -> di
                 for result, expected in zip(results, truth, strict=True)
             )
     return errors
+
+
+def outputs_with_and_without_future(comms: Communicators, case: Case, token: int, method: str) -> tuple[Tensor, ...] | None:
+    """This rank's output twice, before and after the key and value of ``token`` change, and its global tokens."""
+    if comms.global_rank >= case.degree:
+        return None
+    layout = SequenceLayout(case.lengths, case.degree, order=case.order)
+    tokens = layout.token_indices(comms.global_rank)
+    q, k, v, _ = make_inputs(case)
+    group = comms.group(range(case.degree))
+    outputs = []
+    for change in (0.0, 3.0):
+        changed_k, changed_v = k.clone(), v.clone()
+        changed_k[token] += change
+        changed_v[token] -= change
+        outputs.append(
+            parallel_attention(
+                q[tokens], changed_k[tokens], changed_v[tokens], layout=layout, group=group, method=method
+            )
+        )
+    return (*outputs, tokens)
+
+
+def plain_and_checkpointed_gradients(comms: Communicators, case: Case, method: str) -> float:
+    """Largest difference of the gradients of two layers with and without recomputation."""
+    layout = SequenceLayout(case.lengths, case.degree, order=case.order)
+    tokens = layout.token_indices(comms.global_rank)
+    q, k, v, _ = (tensor[tokens].requires_grad_() for tensor in make_inputs(case))
+    group = comms.group(range(case.degree))
+
+    def layer(hidden: Tensor) -> Tensor:
+        return parallel_attention(hidden, k, v, layout=layout, group=group, method=method)
+
+    plain = torch.autograd.grad(layer(layer(q)).square().sum(), (q, k, v))
+    inner = checkpoint(layer, q, use_reentrant=False)
+    again = torch.autograd.grad(checkpoint(layer, inner, use_reentrant=False).square().sum(), (q, k, v))
+    return max(float((a - b).abs().max()) if a.numel() else 0.0 for a, b in zip(plain, again, strict=True))
+
+
+def sent_bytes(comms: Communicators, case: Case, method: str) -> tuple[int, int]:
+    """Payload bytes this rank sends in the forward and in the backward."""
+    layout = SequenceLayout(case.lengths, case.degree, order=case.order)
+    tokens = layout.token_indices(comms.global_rank)
+    q, k, v, dout = (tensor[tokens].requires_grad_() for tensor in make_inputs(case))
+    communicator = comms.communicator(range(case.degree))
+    communicator.counter.reset()
+    out = parallel_attention(q, k, v, layout=layout, group=communicator, method=method, causal=case.causal)
+    forward = communicator.counter.sent_bytes
+    torch.autograd.grad(out, (q, k, v), dout)
+    return forward, communicator.counter.sent_bytes - forward
+
+
+def refusal(comms: Communicators, case: Case, method: str) -> str:
+    """The message of the InputError that this rank gets."""
+    try:
+        run_method(comms, case, method)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def refusal_of_degree(comms: Communicators, case: Case) -> str:
+    """The message where the whole world runs a layout of fewer ranks."""
+    rows = torch.zeros(1, 2, 4)
+    try:
+        parallel_attention(rows, rows, rows, layout=SequenceLayout(case.lengths, case.degree), group=comms.world)
+    except InputError as error:
+        return str(error)
+    return ""

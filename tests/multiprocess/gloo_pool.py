@@ -35,6 +35,13 @@ class GlooPool:
         self._pipes: list[Connection] = []
         self._store: dist.TCPStore | None = None
 
+    @property
+    def store_port(self) -> int:
+        """Port of the store that the ranks met at; starts the pool if need be."""
+        if self._store is None:
+            self._start()
+        return self._store.port
+
     def run(self, fn: Callable[..., Any], *args: Any, world: int | None = None, timeout_s: float = 60.0) -> list[Any]:
         """Call ``fn(comms, *args)`` on ranks ``0 .. world-1`` and return their results in rank order.
 

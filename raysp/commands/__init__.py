@@ -1,0 +1,1 @@
+"""What the commands of ``raysp`` do; ``raysp.cli`` declares their options and imports each when it is used."""

@@ -1,0 +1,187 @@
+"""What single ranks do in the transport tests."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from raysp.comm import (
+    Communicators,
+    Message,
+    RankLostError,
+    RankTimeoutError,
+    all_to_all_rows,
+    exchange,
+    init_process,
+    reduce_scatter_rows,
+    start_all_gather_rows,
+)
+from raysp.errors import RayspError
+
+
+def short_lived(comms: Communicators, name: str, timeout_s: float, max_groups: int = 128) -> Communicators:
+    """Communicators of the same world with another time-out, on keys of their own."""
+    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+    return Communicators(
+        epoch=0,
+        global_rank=comms.global_rank,
+        world_size=comms.world_size,
+        device=torch.device("cpu"),
+        timeout_s=timeout_s,
+        max_groups=max_groups,
+        store=store,
+    )
+
+
+def groups_in_uneven_orders(comms: Communicators) -> float:
+    """Ranks 0 and 1 make more groups than 2 and 3 before all meet in one; return a sum over the last."""
+    rank = comms.global_rank
+    if rank < 3:
+        comms.group((0, 1, 2))
+    if rank < 2:
+        comms.group((0, 1))
+    if rank in (1, 3):
+        comms.group((1, 3))
+    if rank > 0:
+        comms.group((1, 2, 3))
+    if rank in (0, 3):
+        comms.group((0, 3))
+    total = torch.tensor([float(rank)])
+    if rank in (0, 3):
+        dist.all_reduce(total, group=comms.group((0, 3)))
+    return float(total)
+
+
+def group_identity(comms: Communicators) -> tuple[bool, bool, bool]:
+    """Whether a group is kept, a group of one is none, and the full group is the world."""
+    everyone = tuple(range(comms.world_size))
+    return (
+        comms.group(everyone) is comms.group(everyone),
+        comms.group((comms.global_rank,)) is None,
+        comms.group(everyone) is comms.world,
+    )
+
+
+def errors_of_bad_groups(comms: Communicators) -> list[str]:
+    """Messages for groups that cannot be."""
+    other = (comms.global_rank + 1) % comms.world_size
+    limited = short_lived(comms, "limited", 5.0, max_groups=0)
+    messages = []
+    for source, group in ((comms, (1, 0)), (comms, (0, 9)), (comms, (other,)), (limited, range(comms.world_size))):
+        try:
+            source.communicator(group)
+        except RayspError as error:
+            messages.append(str(error))
+    return messages
+
+
+def exchanged(comms: Communicators, dtype: torch.dtype) -> tuple[list[float], int]:
+    """Two messages to the next rank, an empty one between them, and one back; what arrived and the bytes sent."""
+    communicator = comms.communicator(range(comms.world_size))
+    communicator.counter.reset()
+    rank, degree = communicator.group_rank, communicator.degree
+    following, previous = (rank + 1) % degree, (rank - 1) % degree
+    sends = [
+        Message(torch.full((3,), float(rank), dtype=dtype), following),
+        Message(torch.empty(0, dtype=dtype), following),
+        Message(torch.full((2,), rank + 10.0, dtype=dtype), following),
+        Message(torch.full((1,), rank + 20.0, dtype=dtype), previous),
+    ]
+    buffers = [torch.full((size,), float("nan"), dtype=dtype) for size in (3, 0, 2, 1)]
+    recvs = [Message(buffer, peer) for buffer, peer in zip(buffers, (previous,) * 3 + (following,), strict=True)]
+    exchange(sends, recvs, communicator).wait()
+    return torch.cat(buffers).tolist(), communicator.counter.sent_bytes
+
+
+def uneven_collectives(comms: Communicators) -> tuple[list[float], list[float], list[float]]:
+    """Gather, scatter-sum and trade rows whose counts are 0, 1, 2, ..."""
+    communicator = comms.communicator(range(comms.world_size))
+    rank, degree = communicator.group_rank, communicator.degree
+    counts = list(range(degree))
+    gathered, pending = start_all_gather_rows(torch.full((rank, 2), float(rank)), counts, communicator)
+    pending.wait()
+    partials = torch.arange(sum(counts), dtype=torch.float64) * (rank + 1)
+    summed = reduce_scatter_rows(partials, counts, communicator)
+    traded = all_to_all_rows(torch.full((sum(counts),), float(rank)), counts, [rank] * degree, communicator)
+    return gathered[:, 0].tolist(), summed.tolist(), traded.tolist()
+
+
+def barrier_without_rank_2(comms: Communicators) -> tuple[int, ...]:
+    """The ranks that a barrier misses."""
+    if comms.global_rank == 2:
+        return ()
+    try:
+        short_lived(comms, "barrier", 1.0).barrier()
+    except RankTimeoutError as error:
+        return error.missing_ranks
+    return ()
+
+
+def exchange_without_peer(comms: Communicators) -> tuple[int, ...]:
+    """Rank 0 waits for a message that rank 1 never sends; the ranks that its error names."""
+    if comms.global_rank > 1:
+        return ()
+    mine = short_lived(comms, "silent", 1.5)
+    communicator = mine.communicator((0, 1))
+    if communicator.group_rank == 1:
+        mine.barrier((0, 1), timeout_s=20.0)
+        return ()
+    try:
+        exchange([], [Message(torch.empty(4), 1)], communicator).wait()
+    except (RankTimeoutError, RankLostError) as error:
+        return error.missing_ranks if isinstance(error, RankTimeoutError) else error.lost_ranks
+    finally:
+        mine.barrier((0, 1), timeout_s=20.0)
+    return ()
+
+
+def exchange_with_dying_peer(comms: Communicators) -> tuple[int, ...]:
+    """Rank 1 ends while rank 0 waits for its message; the ranks that the error names."""
+    communicator = comms.communicator((0, 1))
+    if communicator.group_rank == 1:
+        os._exit(1)
+    try:
+        exchange([], [Message(torch.empty(4), 1)], communicator).wait()
+    except RankLostError as error:
+        return error.lost_ranks
+    return ()
+
+
+def next_epoch(comms: Communicators, port: int) -> tuple[float, float]:
+    """Leave the epoch and form the next on the same store; a sum over it, and over a group of it."""
+    rank, size = comms.global_rank, comms.world_size
+    comms.close()
+    comms.close()
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
+    again = init_process(store, global_rank=rank, world_size=size, timeout_s=20.0, epoch=1)
+    sums = []
+    for group in (again.world, again.group(range(size))):
+        total = torch.tensor([float(rank + 1)])
+        dist.all_reduce(total, group=group)
+        sums.append(float(total))
+    return sums[0], sums[1]
+
+
+def abort_while_blocked(comms: Communicators) -> bool:
+    """Rank 0 aborts a receive that would never end, from another thread; whether it was freed at once."""
+    import threading
+
+    if comms.global_rank == 1:
+        comms.barrier(timeout_s=20.0)
+        return True
+    communicator = comms.communicator((0, 1))
+    pending = exchange([], [Message(torch.empty(4), 1)], communicator)
+    timer = threading.Timer(0.3, comms.abort)
+    started_s = time.monotonic()
+    timer.start()
+    try:
+        pending.wait()
+    except RayspError:
+        return time.monotonic() - started_s < 15.0
+    finally:
+        comms.barrier(timeout_s=20.0)
+    return False
