@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
 from planner.balance import Shares, deal, relieve
-from planner.bounds import area_s
 from planner.errors import InfeasibleError
 from planner.micro_batches import candidate_counts, split_contiguous
 from planner.problem import Draft, DraftMicroBatch, Problem
@@ -49,7 +50,9 @@ def static_draft(problem: Problem, degree: int) -> Draft:
     best: Draft | None = None
     found = 0
     for count in candidate_counts(minimum, len(problem.lengths)):
-        if best is not None and (found > _EXTRA_COUNTS or _floor_s(problem, count) >= problem.step_time_s(best)):
+        if best is not None and (
+            found > _EXTRA_COUNTS or static_floor_s(problem, degree, count) >= problem.step_time_s(best)
+        ):
             break
         draft = _fill(problem, shape, count)
         if draft is not None:
@@ -63,9 +66,34 @@ def static_draft(problem: Problem, degree: int) -> Draft:
 
 
 def batch_adaptive_draft(problem: Problem) -> Draft:
-    """Plan with the one degree that suits this batch best (FlexSP's "batch-adaptive" baseline)."""
-    drafts = [static_draft(problem, degree) for degree in feasible_static_degrees(problem)]
-    return min(drafts, key=problem.step_time_s)
+    """Plan with the one degree that suits this batch best (FlexSP's "batch-adaptive" baseline).
+
+    Degrees whose lower bound is above a plan already found are left out; the result is that of trying all.
+    """
+    longest = problem.descending[0]
+    best: Draft | None = None
+    best_s = math.inf
+    degrees = feasible_static_degrees(problem)
+    for degree in sorted(degrees, key=lambda d: (static_floor_s(problem, d, 1), d)):
+        if static_floor_s(problem, degree, 1) * (1 - 1e-9) > best_s:
+            break
+        draft = static_draft(problem, degree)
+        step_time_s = problem.step_time_s(draft)
+        if step_time_s < best_s:
+            best, best_s = draft, step_time_s
+    if best is None:
+        raise InfeasibleError(
+            f"sequence {longest} has {problem.lengths[longest]} tokens; no allowed degree holds it. Use more ranks."
+        )
+    return best
+
+
+def static_floor_s(problem: Problem, degree: int, count: int) -> float:
+    """Return a lower bound of any plan with floor(N/degree) groups of `degree` and at least `count` micro-batches."""
+    num_groups = problem.num_ranks // degree
+    count = max(count, -(-sum(problem.lengths) // (num_groups * problem.max_tokens[degree])))
+    spread_s = float(problem.share_s[degree].sum()) / num_groups
+    return count * problem.fixed_s[degree] + spread_s + problem.cost_model.fixed_step_s
 
 
 def _fill(problem: Problem, shape: tuple[int, ...], count: int) -> Draft | None:
@@ -77,7 +105,3 @@ def _fill(problem: Problem, shape: tuple[int, ...], count: int) -> Draft | None:
             return None
         micro_batches.append(relieve(problem, dealt).draft())
     return tuple(micro_batches)
-
-
-def _floor_s(problem: Problem, count: int) -> float:
-    return count * problem.cost_model.b1_s + area_s(problem) + problem.cost_model.fixed_step_s

@@ -20,7 +20,6 @@ from planner.problem import Problem
 def area_s(problem: Problem) -> float:
     """Return the seconds that all ranks together need for the sequences, spread evenly, without ``M*b1``."""
     b2_s = problem.cost_model.b2_s
-    total = 0.0
     cheapest = [math.inf] * len(problem.lengths)
     for degree in problem.degrees:
         holds = problem.max_tokens[degree]
@@ -31,8 +30,7 @@ def area_s(problem: Problem) -> float:
                 if degree > 1:
                     rank_s += b2_s * length * degree / holds
                 cheapest[i] = min(cheapest[i], rank_s)
-    total = math.fsum(cheapest)
-    return total / problem.num_ranks
+    return math.fsum(cheapest) / problem.num_ranks
 
 
 def longest_s(problem: Problem) -> float:

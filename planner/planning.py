@@ -50,7 +50,7 @@ def plan_step(
         sync: ``"per-layer"``: all ranks meet in every micro-batch.
         degrees: ``"powers-of-two"``, or ``"any"`` for methods such as ring that run at every degree.
         time_limit_s: Seconds after which searching stops. The homogeneous plans are always finished, so a plan comes
-            back even at 0.
+            back even at 0, and late where that alone takes longer.
         node_limit: Branch-and-bound nodes of each integer program. When given, `time_limit_s` and the clock are
             ignored: equal inputs give equal plans on every machine, `solve_time_s` aside.
         seed: Seed of the solver.

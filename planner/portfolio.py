@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.balance import Balanced, Shape, Shares
-from planner.baselines import feasible_static_degrees, static_draft
+from planner.baselines import batch_adaptive_draft
 from planner.bounds import area_s, step_lower_bound_s
 from planner.budget import Budget
 from planner.exact import exact_draft, is_tiny
@@ -60,11 +60,9 @@ def search_beyond_tiny(problem: Problem, budget: Budget, solvers: tuple[str, ...
 
     The longest sequence must fit some degree.
     """
-    drafts = [
-        (f"homogeneous degree {degree}", static_draft(problem, degree)) for degree in feasible_static_degrees(problem)
-    ]
-    reason, best = min(drafts, key=lambda named: problem.step_time_s(named[1]))
+    best = batch_adaptive_draft(problem)
     best_s = problem.step_time_s(best)
+    reason = f"homogeneous degree {best[0][0].degree}"
     climbed = _climb_counts(problem, best_s, budget)
     for climbs in climbed:
         step_time_s = problem.step_time_s(_draft(climbs))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -113,14 +114,17 @@ def _solve_cbc(model: Any, limits: SolveLimits, start: Mapping[str, float] | Non
     pulp = importlib.import_module("pulp")
     options = [f"randomCbcSeed {limits.seed % _SEED_LIMIT + 1}"]
     kind = _cbc_class(pulp)
-    solver = kind(
-        msg=False,
-        threads=1,
-        gapRel=limits.relative_gap,
-        timeLimit=limits.time_limit_s,
-        maxNodes=limits.node_limit,
-        options=options,
-    )
+    with warnings.catch_warnings():
+        # PuLP 3.3 deprecates the class of its bundled CBC, but has no other way to it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        solver = kind(
+            msg=False,
+            threads=1,
+            gapRel=limits.relative_gap,
+            timeLimit=limits.time_limit_s,
+            maxNodes=limits.node_limit,
+            options=options,
+        )
     if not solver.available():
         raise RuntimeError("not installed")
     model.solve(solver)
@@ -138,7 +142,6 @@ def _solve_cbc(model: Any, limits: SolveLimits, start: Mapping[str, float] | Non
 
 
 def _cbc_class(pulp: Any) -> Any:
-    # PuLP 3.3 deprecates the class of its bundled CBC, but has no other way to it.
     return pulp.PULP_CBC_CMD
 
 

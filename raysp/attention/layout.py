@@ -110,7 +110,8 @@ class SequenceLayout:
         """Return what ``build`` made for ``key``, making it once per layout object."""
         if key not in self._memo:
             self._memo[key] = build()
-        return self._memo[key]
+        made: _T = self._memo[key]
+        return made
 
     def _check(self) -> None:
         if self.order not in ORDERS:

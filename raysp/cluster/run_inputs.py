@@ -12,7 +12,7 @@ from planner import CostModel, list_presets, load_preset
 from raysp.config import Config
 from raysp.data.dataset import TokenDataset
 from raysp.data.loader import BatchLoader, Cursor
-from raysp.errors import InputError
+from raysp.errors import CheckpointError, InputError
 from raysp.train.checkpoint import TrainerState, checkpoints_in, read_state
 from raysp.train.model import read_model_config
 
@@ -125,9 +125,15 @@ def _find_checkpoint(config: Config) -> tuple[Path | None, TrainerState | None]:
         return None, None
     if resume == "auto":
         found = checkpoints_in(Path(config.checkpoint.dir)) if config.checkpoint.dir else []
-        return (found[-1], read_state(found[-1])) if found else (None, None)
-    folder = Path(resume)
-    return folder, read_state(folder)
+        if not found:
+            return None, None
+        folder = found[-1]
+    else:
+        folder = Path(resume)
+    try:
+        return folder, read_state(folder)
+    except CheckpointError as error:
+        raise InputError(str(error)) from error
 
 
 def _check_resumable(state: TrainerState, config: Config, dataset: TokenDataset) -> None:

@@ -119,7 +119,11 @@ class Communicators:
             dist.destroy_process_group()
 
     def abort(self) -> None:
-        """End the epoch although peers are gone or blocked; callable from another thread. Blocked calls raise."""
+        """End the epoch although peers are gone; callable from another thread.
+
+        NCCL calls that are blocked raise at once. gloo offers nothing like it: a blocked call raises when its peer's
+        process ends, or after the time-out. Either way the next epoch can be formed.
+        """
         self._communicators.clear()
         if dist.is_initialized():
             dist.distributed_c10d._abort_process_group()

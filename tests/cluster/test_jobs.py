@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import raysp
+from command_line import raysp
 
 from raysp.train.checkpoint import checkpoints_in, read_state
 

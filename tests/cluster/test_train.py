@@ -10,7 +10,7 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
-from conftest import RunningTraining, raysp
+from command_line import RunningTraining, raysp
 
 from raysp.train.checkpoint import checkpoints_in, read_state
 

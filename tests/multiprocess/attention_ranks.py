@@ -84,7 +84,9 @@ def max_errors(comms: Communicators, case: Case, methods: tuple[str, ...]) -> di
     return errors
 
 
-def outputs_with_and_without_future(comms: Communicators, case: Case, token: int, method: str) -> tuple[Tensor, ...] | None:
+def outputs_with_and_without_future(
+    comms: Communicators, case: Case, token: int, method: str
+) -> tuple[Tensor, ...] | None:
     """This rank's output twice, before and after the key and value of ``token`` change, and its global tokens."""
     if comms.global_rank >= case.degree:
         return None

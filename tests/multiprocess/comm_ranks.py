@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from datetime import timedelta
 
 import torch
@@ -151,11 +150,11 @@ def exchange_with_dying_peer(comms: Communicators) -> tuple[int, ...]:
     return ()
 
 
-def next_epoch(comms: Communicators, port: int) -> tuple[float, float]:
-    """Leave the epoch and form the next on the same store; a sum over it, and over a group of it."""
+def next_epoch(comms: Communicators, port: int, ending: str) -> tuple[float, float]:
+    """Leave the epoch (twice, which is harmless) and form the next on the same store; sums over it and a group."""
     rank, size = comms.global_rank, comms.world_size
-    comms.close()
-    comms.close()
+    for _ in range(2):
+        getattr(comms, ending)()
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
     again = init_process(store, global_rank=rank, world_size=size, timeout_s=20.0, epoch=1)
     sums = []
@@ -164,24 +163,3 @@ def next_epoch(comms: Communicators, port: int) -> tuple[float, float]:
         dist.all_reduce(total, group=group)
         sums.append(float(total))
     return sums[0], sums[1]
-
-
-def abort_while_blocked(comms: Communicators) -> bool:
-    """Rank 0 aborts a receive that would never end, from another thread; whether it was freed at once."""
-    import threading
-
-    if comms.global_rank == 1:
-        comms.barrier(timeout_s=20.0)
-        return True
-    communicator = comms.communicator((0, 1))
-    pending = exchange([], [Message(torch.empty(4), 1)], communicator)
-    timer = threading.Timer(0.3, comms.abort)
-    started_s = time.monotonic()
-    timer.start()
-    try:
-        pending.wait()
-    except RayspError:
-        return time.monotonic() - started_s < 15.0
-    finally:
-        comms.barrier(timeout_s=20.0)
-    return False

@@ -74,12 +74,9 @@ def test_exchange_names_the_rank_that_died(pair: GlooPool) -> None:
     assert "--- rank 0" not in str(failure.value)
 
 
-def test_the_next_epoch_forms_on_the_same_store(pair: GlooPool) -> None:
-    assert pair.run(ranks.next_epoch, pair.store_port) == [(3.0, 3.0), (3.0, 3.0)]
-
-
-def test_a_blocked_rank_is_freed_by_an_abort(pair: GlooPool) -> None:
-    assert pair.run(ranks.abort_while_blocked) == [True, True]
+@pytest.mark.parametrize("ending", ["close", "abort"])
+def test_the_next_epoch_forms_on_the_same_store(pair: GlooPool, ending: str) -> None:
+    assert pair.run(ranks.next_epoch, pair.store_port, ending) == [(3.0, 3.0), (3.0, 3.0)]
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,9 @@ def _assert_inside(inner: Rows, outer: Rows) -> None:
 def test_causal_zigzag_moves_three_quarters(degree: int, side: str) -> None:
     layout = SequenceLayout([64 * degree], degree)
     full = (degree - 1) * layout.num_tokens
-    assert least_itinerary(layout, side=side, causal=True, with_return=False).rows_moved(with_return=False) == 0.75 * full
+    assert (
+        least_itinerary(layout, side=side, causal=True, with_return=False).rows_moved(with_return=False) == 0.75 * full
+    )
     assert least_itinerary(layout, side=side, causal=False, with_return=False).rows_moved(with_return=False) == full
 
 

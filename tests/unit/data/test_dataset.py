@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysp.data.dataset import TokenDataset
@@ -54,6 +54,7 @@ def test_large_lists_and_int64_ids_are_read(tmp_path):
     assert TokenDataset.open(tmp_path).sequence(0).input_ids.tolist() == [1, 2]
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(min_value=1, max_value=50), min_size=1, max_size=12),
     max_length=st.integers(min_value=1, max_value=60),

@@ -3,7 +3,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysp.data import BatchLoader, Cursor
@@ -25,6 +25,7 @@ def ids_drawn(loader, *, at_least):
     return drawn
 
 
+@settings(deadline=None)
 @given(lengths=lengths_lists, budget=budgets, seed=st.integers(min_value=0, max_value=2**40))
 def test_every_sequence_exactly_once_per_pass(lengths, budget, seed):
     ids = [3 * index + 1 for index in range(len(lengths))]
@@ -33,6 +34,7 @@ def test_every_sequence_exactly_once_per_pass(lengths, budget, seed):
         assert Counter(drawn[number * len(ids) : (number + 1) * len(ids)]) == Counter(ids)
 
 
+@settings(deadline=None)
 @given(lengths=lengths_lists, budget=budgets, seed=st.integers(min_value=0, max_value=100))
 def test_a_batch_is_a_function_of_seed_and_cursor(lengths, budget, seed):
     ids = list(range(len(lengths)))
@@ -48,6 +50,7 @@ def test_a_batch_is_a_function_of_seed_and_cursor(lengths, budget, seed):
         assert fresh.batch_at(restored) == batch
 
 
+@settings(deadline=None)
 @given(lengths=lengths_lists, budget=st.integers(min_value=1, max_value=400))
 def test_token_budget_is_filled_until_the_next_would_exceed_it(lengths, budget):
     loader = BatchLoader(range(len(lengths)), lengths, seed=0, tokens_per_step=budget)
@@ -61,6 +64,7 @@ def test_token_budget_is_filled_until_the_next_would_exceed_it(lengths, budget):
         assert batch.num_tokens + loader.batch_at(cursor).lengths[0] > budget
 
 
+@settings(deadline=None)
 @given(lengths=lengths_lists, count=st.integers(min_value=1, max_value=70))
 def test_sequence_budget_is_met_also_across_passes(lengths, count):
     loader = BatchLoader(range(len(lengths)), lengths, seed=1, sequences_per_step=count)

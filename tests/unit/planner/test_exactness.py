@@ -59,7 +59,6 @@ def test_bound_is_below_the_best_plan_and_the_heuristics_are_not(
 
 
 @pytest.mark.parametrize("solver", ["HiGHS", "CBC"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_integer_program_of_one_micro_batch_equals_brute_force(solver: str) -> None:
     cases = [
         ([9000, 5000, 5000, 200, 100], 4, make_model()),
