@@ -32,7 +32,8 @@ test-full: $(VENV)/.dev ## Run all tests, the slow ones too
 check: $(VENV)/.dev ## Lint, check formatting, types and import arrows
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(BIN)/mypy --strict --package planner
+	@$(BIN)/mypy --package raysp --package jobs
 	@$(BIN)/lint-imports
 
 bench: $(VENV)/.dev ## Compare policies on real batches; writes benchmarks/results

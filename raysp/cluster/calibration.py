@@ -104,9 +104,7 @@ def calibrate(
         num_ranks=workers.size, longest=longest, max_tokens_per_rank=min(free_bytes / bytes_per_token, longest / 2)
     )
     degrees = [degree for degree in dict.fromkeys(probe.degree for probe in probes) if degree > 1]
-    method = attention_method(
-        config, num_heads=size.num_heads, num_kv_heads=size.num_kv_heads, degrees=degrees
-    )
+    method = attention_method(config, num_heads=size.num_heads, num_kv_heads=size.num_kv_heads, degrees=degrees)
     if method == "ulysses":
         probes = [probe for probe in probes if size.num_heads % probe.degree == 0]
     samples = []
@@ -185,9 +183,7 @@ def model_flops(size: ModelSize, lengths: tuple[int, ...]) -> float:
     return 6.0 * matrix_parameters * sum(lengths) + 6.0 * size.num_layers * size.num_heads * size.head_dim * squares
 
 
-def _probe_work(
-    probe: Probe, num_ranks: int, method: str, dataset: TokenDataset, longest_id: int
-) -> list[StepWork]:
+def _probe_work(probe: Probe, num_ranks: int, method: str, dataset: TokenDataset, longest_id: int) -> list[StepWork]:
     """The probe's work by rank; every sequence is a beginning of the longest one, so its tokens are real."""
     parts = []
     groups = num_ranks // probe.degree

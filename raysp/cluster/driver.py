@@ -98,9 +98,7 @@ def train(config: Config, *, on_event: Callable[[Event], None]) -> RunSummary:
         with StopSignal() as stop:
             recorder.handle(PhaseStarted(_connecting_text(config)))
             with ray_session(config.cluster) as resources:
-                recorder.handle(
-                    PhaseStarted(f"starting {config.cluster.num_workers} workers on {resources.device}")
-                )
+                recorder.handle(PhaseStarted(f"starting {config.cluster.num_workers} workers on {resources.device}"))
                 with WorkerGroup(config, inputs.model_config, resources) as workers:
                     summary = _Run(inputs, workers, recorder, stop).run()
         status = "FINISHED"
@@ -216,7 +214,9 @@ class _Run:
             moved = set_aside_newer(Path(self._config.checkpoint.dir), self._done_steps if self._checkpoint else -1)
             if moved:
                 self._recorder.handle(
-                    WarningRaised(f"checkpoints of an earlier run were renamed: {', '.join(path.name for path in moved)}")
+                    WarningRaised(
+                        f"checkpoints of an earlier run were renamed: {', '.join(path.name for path in moved)}"
+                    )
                 )
 
     def _train(self) -> None:
@@ -241,7 +241,11 @@ class _Run:
                 every = train_config.validate_every
                 if every and (done % every == 0 or done == train_config.num_steps):
                     self._validate()
-                if config.checkpoint.dir and config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0:
+                if (
+                    config.checkpoint.dir
+                    and config.checkpoint.every_steps
+                    and done % config.checkpoint.every_steps == 0
+                ):
                     self._save()
 
     def _step(self, planned: PlannedStep) -> None:
@@ -435,4 +439,3 @@ def _not_finite(planned: PlannedStep, results: list[StepResult]) -> NonFiniteLos
 def _connecting_text(config: Config) -> str:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     return f"connecting to the Ray cluster at {address}" if address else "starting Ray on this machine"
-

@@ -56,7 +56,9 @@ def submit_job(address: str, config_path: Path, overrides: Sequence[str]) -> str
         try:
             return str(client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder}))
         except RuntimeError as error:
-            raise RayspError(f"the cluster at {address} refused the job: {str(error).strip().splitlines()[-1]}") from error
+            raise RayspError(
+                f"the cluster at {address} refused the job: {str(error).strip().splitlines()[-1]}"
+            ) from error
 
 
 def check_paths(config: Config) -> None:
@@ -73,9 +75,13 @@ def check_paths(config: Config) -> None:
         "planner.cost_model": config.planner.cost_model if "/" in config.planner.cost_model else None,
         "checkpoint.resume": config.checkpoint.resume if "/" in config.checkpoint.resume else None,
     }
-    relative = [f"{key} = {value!r}" for key, value in named.items() if value and not PurePosixPath(value).is_absolute()]
+    relative = [
+        f"{key} = {value!r}" for key, value in named.items() if value and not PurePosixPath(value).is_absolute()
+    ]
     uri = config.tracking.uri
-    if config.tracking.enabled and (uri is None or (uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"))):
+    if config.tracking.enabled and (
+        uri is None or (uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"))
+    ):
         relative.append(f"tracking.uri = {uri!r}")
     if relative:
         raise InputError(

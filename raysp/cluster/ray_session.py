@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,9 +52,9 @@ def ray_session(config: ClusterConfig) -> Iterator[WorkerResources]:
     is_local = not address
     try:
         if is_local:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address!r}" if address else "a local Ray cluster"
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -143,7 +143,10 @@ def _check_resumable(state: TrainerState, config: Config, dataset: TokenDataset)
             "the same dataset and data.max_length. Restore them, or start afresh with --resume none."
         )
     saved = state.config
-    for section, keys in (("train", ("seed",)), ("data", ("tokens_per_step", "sequences_per_step", "validation_fraction"))):
+    for section, keys in (
+        ("train", ("seed",)),
+        ("data", ("tokens_per_step", "sequences_per_step", "validation_fraction")),
+    ):
         for key in keys:
             now, then = getattr(getattr(config, section), key), saved.get(section, {}).get(key)
             if now != then:

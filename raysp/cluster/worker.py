@@ -153,7 +153,9 @@ class Worker:
 
 def _out_of_memory(work: StepWork, error: BaseException) -> str:
     rank = ray.get_runtime_context().get_actor_name() or f"pid {os.getpid()}"
-    loads = [f"{len(g.lengths)} sequences, {g.num_tokens} tokens on {len(g.ranks)} ranks" for g in work.micro_batches if g]
+    loads = [
+        f"{len(g.lengths)} sequences, {g.num_tokens} tokens on {len(g.ranks)} ranks" for g in work.micro_batches if g
+    ]
     return (
         f"{rank} ran out of device memory in step {work.step + 1} with micro-batches of {'; '.join(loads) or 'nothing'}: "
         f"{str(error).splitlines()[0]} Lower planner.memory_limit_bytes, set train.recompute = 'full', or calibrate anew."

@@ -68,9 +68,7 @@ class WorkerGroup:
             WorkerFailedError: A worker died or did not answer in time; names the ranks and ``what``.
             RayspError: What a worker raised, when it raised an error of raysp.
         """
-        refs = [
-            getattr(actor, method).remote(*args) for actor, args in zip(self._actors, arguments, strict=True)
-        ]
+        refs = [getattr(actor, method).remote(*args) for actor, args in zip(self._actors, arguments, strict=True)]
         deadline = time.monotonic() + timeout_s
         pending = list(refs)
         while pending:
@@ -97,11 +95,11 @@ class WorkerGroup:
                 f"has {_free()} free. Wait for other jobs, lower cluster.num_workers, or raise "
                 "cluster.start_timeout_s."
             ) from error
-        self._rendezvous = ray.remote(Rendezvous).options(num_cpus=0).remote(
-            loopback=self._resources.is_local, timeout_s=timeout_s
+        self._rendezvous = (
+            ray.remote(Rendezvous).options(num_cpus=0).remote(loopback=self._resources.is_local, timeout_s=timeout_s)
         )
         host, port = ray.get(self._rendezvous.address.remote(), timeout=timeout_s)
-        actor_class = ray.remote(concurrency_groups={"control": 1})(Worker)
+        actor_class: Any = ray.remote(concurrency_groups={"control": 1})(Worker)  # type: ignore[call-overload]
         self._actors = [
             actor_class.options(
                 num_cpus=self._resources.num_cpus,
@@ -128,7 +126,9 @@ class WorkerGroup:
             )
             for rank in range(self.size)
         ]
-        self.infos = self.call("setup", [(spec,) for spec in specs], timeout_s=timeout_s, what="the start of the workers")
+        self.infos = self.call(
+            "setup", [(spec,) for spec in specs], timeout_s=timeout_s, what="the start of the workers"
+        )
 
     def _stop(self) -> None:
         for actor in [*self._actors, self._rendezvous]:

@@ -42,4 +42,4 @@ def run(config_path: Path, overrides: Sequence[str], output: Path) -> None:
     console.print(table)
     output.parent.mkdir(parents=True, exist_ok=True)
     fit.cost_model.save(output)
-    console.print(f"cost model written to {output}; use it with planner.cost_model = \"{output}\"", soft_wrap=True)
+    console.print(f'cost model written to {output}; use it with planner.cost_model = "{output}"', soft_wrap=True)

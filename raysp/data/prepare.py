@@ -88,6 +88,7 @@ def prepare(
     input_format: Literal["auto", "text", "jsonl", "parquet"] = "auto",
     text_column: str = "text",
     end_token: str | None = None,
+    training_sample_bytes: int = TRAINING_SAMPLE_BYTES,
     overwrite: bool = False,
     progress: Callable[[PrepareProgress], None] | None = None,
 ) -> PreparedDataset:
@@ -98,13 +99,14 @@ def prepare(
             ``text_column``.
         output: Folder to write; new, empty, or made by the same call before (then nothing is done).
         tokenizer: ``tokenizer.json``, or a folder with it. ``input_ids`` need none.
-        train_tokenizer: Vocabulary size of a byte-level BPE to train on the input instead: on all of it up to
-            ``TRAINING_SAMPLE_BYTES``, above on an even sample of the documents of about that size.
+        train_tokenizer: Vocabulary size of a byte-level BPE to train on the input instead.
         include: Patterns (``*.py``) of which a file must match one; see ``find_input_files``.
         exclude: Patterns of files and folders to leave out.
         input_format: ``auto``: by the names of the files; see ``detect_format``.
         text_column: Column of the text.
         end_token: Token that ends a document; default ``<|endoftext|>``, or the tokenizer's own.
+        training_sample_bytes: Input up to this size is all used to train the tokenizer; of more, an even sample of the
+            documents of about this size.
         overwrite: Replace a dataset that is there.
         progress: Told after every batch.
 
@@ -125,6 +127,7 @@ def prepare(
         "text_column": text_column,
         "end_token": end_token,
         "train_tokenizer": train_tokenizer,
+        "training_sample_bytes": training_sample_bytes if train_tokenizer else None,
         "tokenizer_sha256": tokenization.tokenizer_sha256(loaded[0]) if loaded else None,
     }
     request = _request_sha256(settings, files)
@@ -133,7 +136,7 @@ def prepare(
         return PreparedDataset(output, before, True, {})
     check_replaceable(output, marker=DATASET_FILE, overwrite=overwrite)
     job = _Job(files, format_, text_column, progress or (lambda _: None))
-    trained, encoder = job.make_encoder(loaded, train_tokenizer, end_token)
+    trained, encoder = job.make_encoder(loaded, train_tokenizer, training_sample_bytes, end_token)
     counts = ReadCounts()
     with staged_folder(output) as folder:
         writer = DocumentWriter(folder, with_loss_mask=job.kind in ("messages", "input_ids with loss_mask"))
@@ -163,7 +166,11 @@ class _Job:
         self.kind = self._first_kind()
 
     def make_encoder(
-        self, loaded: tuple[Tokenizer, str | None] | None, vocab_size: int | None, end_token: str | None
+        self,
+        loaded: tuple[Tokenizer, str | None] | None,
+        vocab_size: int | None,
+        sample_bytes: int,
+        end_token: str | None,
     ) -> tuple[Tokenizer | None, tokenization.DocumentEncoder | None]:
         """The tokenizer to keep with the data, and how to encode with it; none for ready-made tokens."""
         if loaded is not None and vocab_size is not None:
@@ -181,7 +188,7 @@ class _Job:
             return loaded[0], tokenization.DocumentEncoder(
                 loaded[0], end_token=end_token, configured_end_token=loaded[1]
             )
-        trained = tokenization.train_tokenizer(self._training_texts(), vocab_size or 0)
+        trained = tokenization.train_tokenizer(self._training_texts(sample_bytes), vocab_size or 0)
         return trained, tokenization.DocumentEncoder(trained, end_token=end_token)
 
     def tokenize(
@@ -237,9 +244,9 @@ class _Job:
             return _kind(document)
         raise self._nothing_usable(counts)
 
-    def _training_texts(self) -> Iterator[str]:
-        share = min(TRAINING_SAMPLE_BYTES / max(self._total_bytes, 1), 1.0)
-        room = TRAINING_SAMPLE_BYTES
+    def _training_texts(self, sample_bytes: int) -> Iterator[str]:
+        share = min(sample_bytes / max(self._total_bytes, 1), 1.0)
+        room = sample_bytes
         for index, (document, done_bytes) in enumerate(self._documents(ReadCounts())):
             # Multiples of the golden ratio are spread evenly, so every part of the input contributes alike.
             if (index * _GOLDEN_RATIO_64 % 2**64) / 2**64 >= share:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 _OTHER_END_TOKENS = ("<|end_of_text|>", "</s>", "<eos>")
 # An encoding needs some hundred bytes a token, so longer texts are encoded in parts, cut after a line.
 _MAX_PART_CHARS = 2**20
+# Training takes time quadratic in the length of a word: a megabyte of base64 would stall it for hours.
+_LONG_WORD = re.compile(r"\S{256}|\s{256}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +76,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((part for text in texts for part in _without_long_words(text)), trainer)
     return tokenizer
 
 
@@ -181,6 +184,14 @@ def _segments(document: RawDocument) -> list[_Segment]:
             _Segment("\n", False),
         ]
     return segments
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    start = 0
+    for run in _LONG_WORD.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def _parts(text: str) -> Iterator[str]:

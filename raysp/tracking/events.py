@@ -146,11 +146,5 @@ class BatchCompared:
 
 
 Event = (
-    PhaseStarted
-    | PhaseProgressed
-    | WarningRaised
-    | StepFinished
-    | ValidationFinished
-    | CheckpointSaved
-    | BatchCompared
+    PhaseStarted | PhaseProgressed | WarningRaised | StepFinished | ValidationFinished | CheckpointSaved | BatchCompared
 )

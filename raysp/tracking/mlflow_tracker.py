@@ -17,9 +17,7 @@ from typing import Any
 from raysp.tracking.mlflow_run import MetricPoint, MlflowRun, bounded_requests
 from raysp.tracking.names import resolve_uri, sqlite_path
 
-_MAX_QUEUED = 10_000
 _MAX_METRICS_AT_ONCE = 1000
-_RETRY_OPEN_S = 30.0
 # A first SQLite database takes 7 s on an idle machine and more beside training.
 _LOCAL_START_S, _REMOTE_START_S = 60.0, 20.0
 _FLUSH_S = 30.0
@@ -48,6 +46,8 @@ class MlflowTracker:
         run_id: Run to continue; it is RUNNING again.
         tags: Written first.
         params: Written first.
+        retry_open_s: Wait before another attempt to open the run.
+        max_queued: Calls kept while MLflow is slow or away; beyond, the oldest are lost, with a warning at the end.
         on_warning: Told about trouble, once for an unreachable MLflow, from the background thread. Must not raise.
     """
 
@@ -60,6 +60,8 @@ class MlflowTracker:
         run_id: str | None = None,
         tags: Mapping[str, str] | None = None,
         params: Mapping[str, Any] | None = None,
+        retry_open_s: float = 30.0,
+        max_queued: int = 10_000,
         on_warning: Callable[[str], Any],
     ) -> None:
         self._uri = resolve_uri(uri, folder=Path.cwd())
@@ -67,6 +69,8 @@ class MlflowTracker:
         self._run_name = run_name
         self._wanted_run_id = run_id
         self._tags = dict(tags or {})
+        self._retry_open_s = retry_open_s
+        self._max_queued = max_queued
         self._on_warning = on_warning
         self._run_id: str | None = None
         self._first_attempt_ended = threading.Event()
@@ -140,7 +144,7 @@ class MlflowTracker:
         with self._changed:
             if self._status is not None:
                 return
-            if len(self._records) >= _MAX_QUEUED:
+            if len(self._records) >= self._max_queued:
                 self._records.popleft()
                 self._num_dropped += 1
             self._records.append(record)
@@ -178,7 +182,7 @@ class MlflowTracker:
             finally:
                 self._first_attempt_ended.set()
             with self._changed:
-                self._changed.wait_for(lambda: self._status is not None, timeout=_RETRY_OPEN_S)
+                self._changed.wait_for(lambda: self._status is not None, timeout=self._retry_open_s)
                 if self._status is not None:
                     return None
 

@@ -86,9 +86,9 @@ class LanguageModelLoss(nn.Module):
     FSDP2 roots here, so that the output embedding is whole while the loss is formed.
     """
 
-    def __init__(self, model: nn.Module, *, loss_chunk_tokens: int, loss_kernel: str) -> None:
+    def __init__(self, model: Any, *, loss_chunk_tokens: int, loss_kernel: str) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self._loss_chunk_tokens = loss_chunk_tokens
         self._loss_kernel = loss_kernel
 
@@ -195,9 +195,10 @@ def build_model(
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
-            ).to(device)
+            )
         except (OSError, ValueError) as error:
             raise InputError(f"cannot load the weights in {config.path!r}: {_first_line(error)}.") from error
+        model = _on_device(model, device)
     else:
         # Drawn in fp32 whatever the dtype, so that runs which differ in it alone start from the same weights.
         with torch.device(device):
@@ -210,6 +211,10 @@ def build_model(
     model.train()
     result: nn.Module = model
     return result
+
+
+def _on_device(model: nn.Module, device: torch.device) -> Any:
+    return model.to(device)
 
 
 def _config_table(config: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -227,7 +232,9 @@ def _config_table(config: dict[str, Any] | str | None) -> dict[str, Any]:
 def _check_supported(model_config: Any, *, vocab_size: int | None, max_length: int) -> None:
     name = model_config.model_type
     layer_types = set(getattr(model_config, "layer_types", None) or ["full_attention"])
-    sliding = getattr(model_config, "sliding_window", None) if getattr(model_config, "use_sliding_window", True) else None
+    sliding = (
+        getattr(model_config, "sliding_window", None) if getattr(model_config, "use_sliding_window", True) else None
+    )
     if layer_types != {"full_attention"} or sliding is not None:
         raise InputError(
             f"the model {name!r} has layers {sorted(layer_types)} (sliding_window = {sliding}); expected full attention "
@@ -235,7 +242,9 @@ def _check_supported(model_config: Any, *, vocab_size: int | None, max_length: i
         )
     for experts in ("num_experts", "num_local_experts", "n_routed_experts"):
         if getattr(model_config, experts, None):
-            raise InputError(f"the model {name!r} has {experts} = {getattr(model_config, experts)}; expected a dense model.")
+            raise InputError(
+                f"the model {name!r} has {experts} = {getattr(model_config, experts)}; expected a dense model."
+            )
     for dropout in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if getattr(model_config, dropout, 0.0):
             raise InputError(f"{name!r} has {dropout} = {getattr(model_config, dropout)}; expected 0. Set it to 0.")

@@ -6,6 +6,7 @@ be called on all ranks of the epoch with matching arguments.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -180,9 +181,7 @@ class TrainSession:
 
     def load(self, folder: Path, *, step: int) -> None:
         """Load what any number of ranks saved after ``step`` optimizer steps."""
-        checkpoint.load_shards(
-            folder, self._model, self._optimizer, step=step, global_rank=self._comms.global_rank
-        )
+        checkpoint.load_shards(folder, self._model, self._optimizer, step=step, global_rank=self._comms.global_rank)
 
     def _prepare(self, work: StepWork) -> list[tuple[LocalBatch, AttentionContext]]:
         prepared = []
@@ -237,8 +236,8 @@ class TrainSession:
     def _durations_s(self, marks: list[Any]) -> tuple[float, ...]:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            return tuple(a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False))
-        return tuple(b - a for a, b in zip(marks, marks[1:], strict=False))
+            return tuple(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks))
+        return tuple(b - a for a, b in itertools.pairwise(marks))
 
 
 def _size_of(model: torch.nn.Module, model_config: Any) -> ModelSize:

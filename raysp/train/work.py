@@ -82,4 +82,3 @@ class SequenceSource(Protocol):
     """Random access to training examples by id."""
 
     def sequence(self, sequence_id: int, /) -> TokenSequence: ...
-

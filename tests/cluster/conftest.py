@@ -30,7 +30,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stdlib = Path(sysconfig.get_path("stdlib"))
     for package in ("json", "email", "logging"):
         shutil.copytree(stdlib / package, source / package)
-    done = raysp("prepare", str(source), "--include", "*.py", "--train-tokenizer", "512", "--output", str(root / "data"))
+    output = str(root / "data")
+    done = raysp("prepare", str(source), "--include", "*.py", "--train-tokenizer", "512", "--output", output)
     assert done.code == 0, done.err
     return root / "data"
 

@@ -21,7 +21,7 @@ def _losses(output: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in re.findall(r"step (\d+)/\d+ loss ([\d.]+)", output)}
 
 
-def test_run_trains_validates_checkpoints_tracks_compares_and_resumes(write_config: WriteConfig, tmp_path: Path) -> None:
+def test_run_trains_validates_saves_tracks_compares_and_resumes(write_config: WriteConfig, tmp_path: Path) -> None:
     config = str(write_config(train__validate_every="2", train__num_steps="6", compare__num_steps="1"))
     first = raysp("train", "--config", config, "--set", "train.num_steps=4", "--set", "compare.num_steps=0")
     assert first.code == 0, first.err

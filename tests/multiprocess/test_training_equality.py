@@ -1,4 +1,4 @@
-"""Every plan gives the same training: losses and gradients do not depend on groups, methods or the number of workers."""
+"""Every plan gives the same training: losses and gradients do not depend on groups, methods or number of workers."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ def _plan(policy: str, num_ranks: int, attention: str, step: int) -> tuple[StepP
 
 
 def _works(policy: str, num_ranks: int, attention: str, steps: range = range(_STEPS)) -> list[list[StepWork]]:
-    return [
-        assign_work(*_plan(policy, num_ranks, attention, step), step=step, num_ranks=num_ranks) for step in steps
-    ]
+    return [assign_work(*_plan(policy, num_ranks, attention, step), step=step, num_ranks=num_ranks) for step in steps]
 
 
 class _Pools:
@@ -66,9 +64,7 @@ def worlds() -> Iterator[_Pools]:
 @pytest.fixture(scope="module")
 def reference(worlds: _Pools) -> Any:
     policy, world, attention = _REFERENCE
-    results = worlds.run(
-        ranks.gradients_and_losses, ranks.tiny_config(), _works(policy, world, attention), world=world
-    )
+    results = worlds.run(ranks.gradients_and_losses, ranks.tiny_config(), _works(policy, world, attention), world=world)
     return results[0]
 
 
@@ -138,9 +134,7 @@ def test_resumed_run_repeats_the_uninterrupted_one(
     works = _works("adaptive", 4, "ring", range(5))
     worlds.run(ranks.losses_then_save, config, works, str(tmp_path / "c"), world=4)
     after = _works("adaptive", num_ranks_after, "ring", range(5, _STEPS))
-    results = worlds.run(
-        ranks.losses_after_load, config, after, str(tmp_path / "c"), world=num_ranks_after
-    )
+    results = worlds.run(ranks.losses_after_load, config, after, str(tmp_path / "c"), world=num_ranks_after)
     assert results[0] == pytest.approx([step.loss for step in reference[1]][5:], rel=1e-5)
 
 

@@ -83,7 +83,7 @@ def test_passes_and_seeds_have_orders_of_their_own():
 
 def test_the_order_is_the_same_on_every_machine():
     loader = BatchLoader(range(8), [1] * 8, seed=0, sequences_per_step=8)
-    assert loader.batch_at(Cursor()).sequence_ids == (0, 7, 6, 5, 1, 4, 3, 2)
+    assert loader.batch_at(Cursor()).sequence_ids == (7, 3, 6, 0, 1, 4, 5, 2)
 
 
 def test_a_sequence_longer_than_the_budget_is_a_batch_alone():
@@ -122,5 +122,5 @@ def test_unreadable_cursor_is_refused(values):
 
 def test_cursor_behind_the_data_is_refused():
     loader = BatchLoader(range(3), [1] * 3, seed=0, sequences_per_step=1)
-    with pytest.raises(InputError, match="a pass has 3 sequences. The data changed since"):
+    with pytest.raises(InputError, match=r"a pass has 3 sequences\. The data changed since"):
         loader.batch_at(Cursor(0, 4))

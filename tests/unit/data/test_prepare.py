@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from raysp.data import prepare as prepare_module
 from raysp.data.dataset import TokenDataset
 from raysp.data.prepare import prepare
 from raysp.data.writer import ROW_GROUP_TOKENS
@@ -222,7 +221,9 @@ def test_a_given_tokenizer_is_used_and_kept(tmp_path, as_folder):
     folder = tmp_path / "one" / "tokenizer"
     done = prepare(source, tmp_path / "two", tokenizer=folder if as_folder else folder / "tokenizer.json")
     assert texts_of(tmp_path / "two") == ["hello hello<|endoftext|>"]
-    assert done.info["tokenizer_sha256"] == json.loads((tmp_path / "one" / "dataset.json").read_text())["tokenizer_sha256"]
+    assert (
+        done.info["tokenizer_sha256"] == json.loads((tmp_path / "one" / "dataset.json").read_text())["tokenizer_sha256"]
+    )
 
 
 def test_the_end_token_of_a_tokenizer_is_found_or_asked_for(tmp_path):
@@ -282,7 +283,7 @@ def test_prepared_before_does_nothing_until_something_changes(tmp_path):
     assert again.already_prepared
     assert again.info["documents"] == 1
     assert (output / "data-00000.parquet").stat().st_mtime_ns == written
-    with pytest.raises(InputError, match="already holds a dataset made from other input or settings; .*--overwrite"):
+    with pytest.raises(InputError, match=r"already holds a dataset made from other input or settings; .*--overwrite"):
         prepare(source, output, train_tokenizer=VOCAB_SIZE + 1)
     write_files(source, {"b.txt": "more"})
     with pytest.raises(InputError, match="--overwrite"):
@@ -328,7 +329,7 @@ def test_an_error_while_writing_leaves_the_old_dataset(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_failed_work(tmp_path):
     source = write_files(tmp_path / "in", {"a.txt": "hello"})
-    with pytest.raises(RayspError, match="cannot write .*expected a place with room") as caught:
+    with pytest.raises(RayspError, match=r"cannot write .*expected a place with room") as caught:
         prepare(source, tmp_path / "in" / "a.txt" / "out", train_tokenizer=VOCAB_SIZE)
     assert caught.value.exit_code == 1
 
@@ -359,11 +360,10 @@ def test_a_very_long_text_is_encoded_in_parts_without_losing_a_character(tmp_pat
     assert texts_of(tmp_path / "out") == [text + "<|endoftext|>"]
 
 
-def test_training_takes_an_even_sample_of_large_input(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "TRAINING_SAMPLE_BYTES", 2000)
+def test_training_takes_an_even_sample_of_large_input(tmp_path):
     files = {f"{number:03d}.txt": f"{chr(97 + number // 25)}" * 100 for number in range(200)}
     source = write_files(tmp_path / "in", files)
-    prepare(source, tmp_path / "out", train_tokenizer=1000)
+    prepare(source, tmp_path / "out", train_tokenizer=1000, training_sample_bytes=2000)
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer" / "tokenizer.json"))
     # Every part of the input was seen: each letter has merges of its own.
     assert {token[0] for token in tokenizer.get_vocab() if len(token) > 1 and token[0] in "abcdefgh"} == set("abcdefgh")

@@ -20,8 +20,9 @@ from raysp.train.checkpoint import (
 def _save(directory: Path, step: int, keep: int = 10) -> Path:
     folder = begin_checkpoint(directory, step)
     (folder / "shard.safetensors").write_bytes(b"x")
-    state = TrainerState(step=step, cursor={"pass_index": 0, "position": step}, data_fingerprint="f", num_ranks=2,
-                         run_id=None, config={})
+    state = TrainerState(
+        step=step, cursor={"pass_index": 0, "position": step}, data_fingerprint="f", num_ranks=2, run_id=None, config={}
+    )
     return commit_checkpoint(folder, state, keep=keep)
 
 

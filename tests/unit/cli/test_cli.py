@@ -1,0 +1,345 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from planner import StepPlan, load_preset, read_lengths, validate_plan
+from raysp.cli import describe_error, main
+from raysp.errors import Interrupted, RayspError
+
+PRESET = "flexsp-gpt7b-64xa100-40g"
+LENGTHS = [5000, 300, 120, 9000, 64, 700, 2500, 33, 12000, 800, 60, 410]
+
+
+class Outcome:
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+    def assert_refused(self, pattern, *, code=2):
+        assert (self.code, self.out) == (code, "")
+        assert self.err.count("\n") == 1
+        assert self.err.startswith("raysp: error: ")
+        assert re.search(pattern, self.err), self.err
+
+
+@pytest.fixture
+def raysp(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*args):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(arg) for arg in args])
+        out, err = capfd.readouterr()
+        return Outcome(exit_.value.code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def lengths_file(tmp_path):
+    path = tmp_path / "lengths.txt"
+    path.write_text("".join(f"{length}\n" for length in LENGTHS))
+    return path
+
+
+@pytest.fixture
+def plan_file(raysp, lengths_file, tmp_path):
+    path = tmp_path / "plans" / "plan.json"
+    arguments = ["--lengths", lengths_file, "--preset", PRESET, "--num-gpus", 64, "--node-limit", 10]
+    assert raysp("plan", *arguments, "--output", path).code == 0
+    return path
+
+
+def process(*args, **options):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def test_plan_writes_what_it_shows(raysp, lengths_file, tmp_path):
+    path = tmp_path / "new" / "plan.json"
+    arguments = ["plan", "--lengths", lengths_file, "--preset", PRESET, "--node-limit", 10]
+    shown = raysp(*arguments, "--output", path)
+    assert (shown.code, shown.err) == (0, "")
+    plan = StepPlan.load(path)
+    assert validate_plan(plan, read_lengths(lengths_file), load_preset(PRESET)) == []
+    # The preset was measured on 64 GPUs.
+    assert plan.num_ranks == 64
+    assert "groups (degree x count)" in shown.out
+    assert f"{plan.micro_batches[0].groups[0].degree} x " in shown.out
+    assert f"step {plan.predicted_step_time_s:.3f} s predicted" in shown.out
+    assert f"written to {path}" in shown.out
+    printed = json.loads(raysp(*arguments, "--json").out)
+    assert {**printed, "solve_time_s": 0} == {**plan.to_content(), "solve_time_s": 0}
+    assert os.listdir(path.parent) == ["plan.json"]
+
+
+def test_plan_follows_its_options(raysp, lengths_file):
+    arguments = ["plan", "--lengths", lengths_file, "--preset", PRESET, "--num-gpus", 32, "--json"]
+    plan = json.loads(raysp(*arguments, "--policy", "static:8", "--attention", "ring").out)
+    groups = [group for micro_batch in plan["micro_batches"] for group in micro_batch["groups"]]
+    assert {(group["degree"], group["attention"]) for group in groups} == {(8, "ring")}
+    assert plan["num_ranks"] == 32
+
+
+def test_plan_with_a_cost_model_file(raysp, lengths_file, tmp_path):
+    load_preset(PRESET).save(tmp_path / "model.json")
+    shown = raysp("plan", "--lengths", lengths_file, "--cost-model", tmp_path / "model.json", "--num-gpus", 16)
+    assert shown.code == 0
+
+
+def test_plan_refuses_bad_input(raysp, lengths_file, tmp_path):
+    base = ["plan", "--lengths", lengths_file]
+    raysp(*base).assert_refused("neither of --preset NAME and --cost-model FILE given; expected exactly one")
+    raysp(*base, "--preset", PRESET, "--cost-model", "x").assert_refused("both of --preset")
+    raysp(*base, "--preset", "nope").assert_refused(f"unknown preset 'nope'; expected one of .*{PRESET}")
+    raysp(*base, "--cost-model", tmp_path / "x").assert_refused("cannot read cost model")
+    raysp("plan", "--lengths", tmp_path / "x", "--preset", PRESET).assert_refused("cannot read lengths file")
+    raysp(*base, "--preset", PRESET, "--policy", "best").assert_refused("policy is 'best'; expected adaptive")
+    raysp(*base, "--preset", PRESET, "--num-gpus", 0).assert_refused("--num-gpus")
+    (tmp_path / "bad.txt").write_text("5\nx\n")
+    raysp("plan", "--lengths", tmp_path / "bad.txt", "--preset", PRESET).assert_refused("line 2 is 'x'; expected")
+    (tmp_path / "long.txt").write_text("5\n100000000\n")
+    raysp("plan", "--lengths", tmp_path / "long.txt", "--preset", PRESET).assert_refused("100000000|sequence 1")
+
+
+def test_plan_that_cannot_be_written_is_failed_work(raysp, lengths_file):
+    shown = raysp("plan", "--lengths", lengths_file, "--preset", PRESET, "--output", lengths_file / "plan.json")
+    shown.assert_refused("cannot write .*; expected a file that can be created", code=1)
+
+
+def test_validate_accepts_a_good_plan_and_names_the_faults_of_a_bad_one(raysp, lengths_file, plan_file, tmp_path):
+    shown = raysp("validate", plan_file, "--lengths", lengths_file, "--preset", PRESET)
+    assert (shown.code, shown.err) == (0, "")
+    assert f"{plan_file} is valid: 12 sequences on 64 GPUs" in shown.out
+    (tmp_path / "other.txt").write_text("".join(f"{length}\n" for length in LENGTHS[:-1]))
+    refused = raysp("validate", plan_file, "--lengths", tmp_path / "other.txt", "--preset", PRESET)
+    refused.assert_refused("is not valid for .*num_sequences is 12, but the batch has 11.*Plan again with raysp plan")
+
+
+def test_validate_refuses_a_changed_file(raysp, lengths_file, plan_file):
+    plan_file.write_text(plan_file.read_text().replace('"num_ranks": 64', '"num_ranks": 63'))
+    raysp("validate", plan_file, "--lengths", lengths_file, "--preset", PRESET).assert_refused("plan_id")
+    plan_file.write_text("{")
+    raysp("validate", plan_file, "--lengths", lengths_file, "--preset", PRESET).assert_refused("plan.json")
+    raysp("validate", "nowhere", "--lengths", lengths_file, "--preset", PRESET).assert_refused(
+        "cannot read plan nowhere"
+    )
+
+
+def test_explain_says_what_bounds_the_plan(raysp, lengths_file, plan_file):
+    shown = raysp("explain", plan_file, "--lengths", lengths_file, "--preset", PRESET)
+    assert shown.code == 0
+    assert "micro-batch 0" in shown.out
+    assert "static:1" in shown.out
+    lines = json.loads(raysp("explain", plan_file, "--lengths", lengths_file, "--preset", PRESET, "--json").out)[
+        "lines"
+    ]
+    assert lines == shown.out.splitlines()
+
+
+def test_lengths_of_a_file_a_dataset_and_a_parquet_file_agree(raysp, lengths_file, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pq.write_table(pa.table({"input_ids": [[1] * length for length in LENGTHS]}), folder / "a.parquet")
+    profiles = [
+        json.loads(raysp("lengths", place, "--json").out) for place in (lengths_file, folder, folder / "a.parquet")
+    ]
+    assert profiles[0] == profiles[1] == profiles[2]
+    assert profiles[0]["num_tokens"] == sum(LENGTHS)
+    assert profiles[0]["max_tokens"] == 12000
+    split = json.loads(raysp("lengths", folder, "--max-length", 1000, "--json").out)
+    assert (split["num_tokens"], split["max_tokens"]) == (sum(LENGTHS), 1000)
+    shown = raysp("lengths", folder)
+    assert f"12 sequences, {sum(LENGTHS):,} tokens" in shown.out
+    assert "8,193 - 16,384" in shown.out
+
+
+def test_lengths_plot_is_a_png(raysp, lengths_file, tmp_path):
+    shown = raysp("lengths", lengths_file, "--plot", tmp_path / "p" / "l.png")
+    assert shown.code == 0
+    assert (tmp_path / "p" / "l.png").read_bytes().startswith(b"\x89PNG")
+    raysp("lengths", lengths_file, "--plot", tmp_path / "l.jpg").assert_refused(r"l\.jpg is not a \.png file")
+
+
+def test_lengths_refuses_bad_input(raysp, tmp_path):
+    raysp("lengths", tmp_path / "x").assert_refused("cannot read lengths file")
+    raysp("lengths", tmp_path / "x.parquet").assert_refused(r"x\.parquet does not exist; expected a folder")
+    raysp("lengths", tmp_path).assert_refused(r"has no \.parquet file")
+    pq.write_table(pa.table({"input_ids": [[1], []]}), tmp_path / "a.parquet")
+    raysp("lengths", tmp_path).assert_refused("sequence 1 has 0 tokens; expected at least 1")
+    assert raysp("lengths", tmp_path, "--drop-empty").code == 0
+    (tmp_path / "a.parquet").write_bytes(b"broken")
+    raysp("lengths", tmp_path).assert_refused("expected a complete Parquet file")
+
+
+def test_prepare_reports_what_it_wrote_and_left_out(raysp, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name, content in {"a.py": b"x = 1\n", "b.py": b"\xff\xfe\xfa", "c.py": b"", "d.txt": b"no"}.items():
+        (source / name).write_bytes(content)
+    arguments = ["prepare", source, "--output", tmp_path / "out", "--train-tokenizer", 400, "--include", "*.py"]
+    shown = raysp(*arguments)
+    assert shown.code == 0
+    assert f"{tmp_path / 'out'}: 1 documents, " in shown.out
+    assert "the input has too little text for a vocabulary of 400" in shown.out
+    assert "left out: 1 undecodable files, for example b.py" in shown.out
+    assert "left out: 1 empty documents, for example c.py" in shown.out
+    again = raysp(*arguments)
+    assert again.code == 0
+    assert "is already prepared from this input with these settings" in again.out
+    report = json.loads(raysp(*arguments, "--overwrite", "--exclude", "b.py", "--json").out)
+    assert (report["already_prepared"], report["info"]["left_out"]["undecodable_files"]) == (False, 0)
+    raysp(*arguments).assert_refused("already holds a dataset made from other input or settings")
+
+
+def test_prepare_refuses_bad_input(raysp, tmp_path):
+    output = ["--output", tmp_path / "out"]
+    raysp("prepare", tmp_path / "x", *output).assert_refused("x does not exist; expected a folder or a file")
+    (tmp_path / "a.txt").write_text("hello")
+    raysp("prepare", tmp_path / "a.txt", *output).assert_refused("no tokenizer is given; expected --tokenizer PATH")
+    raysp("prepare", tmp_path / "a.txt", *output, "--format", "csv").assert_refused("'csv'; expected auto, text, jsonl")
+    raysp("prepare", tmp_path / "a.txt").assert_refused("Missing option '--output'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_doctor_finds_what_is_installed_and_says_how_to_get_the_rest(raysp):
+    found = {finding["name"]: finding for finding in json.loads(raysp("doctor", "--json").out)}
+    for name in ("Python", "numpy", "HiGHS (solver)", "torch", "ray", "mlflow", "pyarrow", "aten (kernel)"):
+        assert found[name]["found"], name
+        assert found[name]["remedy"] == ""
+    for finding in found.values():
+        assert (finding["found"] is None) == bool(finding["remedy"]), finding
+    assert {"CUDA", "NCCL", "CBC (solver)", "flash-attn", "flash-attn-4", "liger-kernel"} <= found.keys()
+    assert {"flash-linear-attention", "Ray token", "transformers", "tokenizers"} <= found.keys()
+    shown = raysp("doctor")
+    assert shown.code == 0
+    assert "torch" in shown.out
+
+
+def test_doctor_never_shows_the_token(raysp, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "very-secret")
+    shown = raysp("doctor", "--json")
+    assert "very-secret" not in shown.out
+    assert "in RAY_AUTH_TOKEN" in shown.out
+
+
+def test_doctor_fails_where_something_required_is_missing():
+    code = (
+        "import sys; from importlib import metadata; real = metadata.version\n"
+        "def version(name):\n"
+        "    if name in ('torch', 'ray'): raise metadata.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "metadata.version = version\n"
+        "from raysp.cli import main; main(['doctor'])\n"
+    )
+    done = process("-c", code)
+    assert done.returncode == 1
+    assert "pip install 'raysp[train]'" in done.stdout
+    assert "required and missing: torch, aten (kernel), ray; expected all of them" in done.stderr
+
+
+def test_usage_errors_are_one_line_with_exit_code_2(raysp):
+    raysp("plan", "--bogus").assert_refused("No such option: --bogus")
+    raysp("frobnicate").assert_refused("No such command 'frobnicate'")
+    raysp("plan").assert_refused("Missing option '--lengths'")
+    raysp("train").assert_refused("Missing option '--config'")
+    raysp("submit", "--config", "x").assert_refused("Missing option '--address'")
+
+
+def test_train_and_calibrate_refuse_a_missing_configuration(raysp, tmp_path):
+    missing = tmp_path / "x.toml"
+    raysp("train", "--config", missing).assert_refused("cannot read the configuration")
+    raysp("calibrate", "--config", missing, "--output", tmp_path / "o").assert_refused("cannot read the configuration")
+
+
+def test_help_shows_every_command_and_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from raysp.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as e: code = e.code\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'pyarrow', 'transformers', 'tokenizers', 'pulp', 'matplotlib', 'numba'}\n"
+        "print('heavy', sorted(heavy & set(sys.modules)), code)\n"
+    )
+    done = process("-c", code, env={**os.environ, "COLUMNS": "100"})
+    assert done.stdout.rstrip().endswith("heavy [] 0")
+    for name in ("plan", "validate", "explain", "prepare", "lengths", "calibrate", "train", "submit", "doctor", "stop"):
+        assert re.search(rf"│ {name} ", done.stdout), name
+
+
+def test_without_arguments_the_help_is_shown_and_python_m_works():
+    done = process("-m", "raysp")
+    assert done.returncode == 0
+    assert "Usage: raysp" in done.stdout
+
+
+def test_planning_works_without_the_train_extra_and_the_rest_says_what_to_install(lengths_file, tmp_path):
+    blocked = (
+        "import sys\n"
+        "for name in ('torch', 'ray', 'mlflow', 'pyarrow', 'transformers', 'tokenizers', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "from raysp.cli import main; main(sys.argv[1:])\n"
+    )
+    plan = process("-c", blocked, "plan", "--lengths", str(lengths_file), "--preset", PRESET, "--node-limit", "5")
+    assert plan.returncode == 0, plan.stderr
+    for arguments, package, extra in (
+        (["lengths", str(tmp_path)], "pyarrow", "train"),
+        (["prepare", str(tmp_path), "--output", "x"], "pyarrow", "train"),
+        (["lengths", str(lengths_file), "--plot", str(tmp_path / "l.png")], "matplotlib", "plot"),
+    ):
+        done = process("-c", blocked, *arguments)
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"raysp: error: this needs {package}, which is not installed; expected the extra '{extra}'. "
+            f"Run pip install 'raysp[{extra}]'.\n"
+        )
+
+
+def test_unexpected_errors_are_one_line_and_a_traceback_on_request(raysp, lengths_file, monkeypatch):
+    assert describe_error(KeyError("a\nb")) == ("KeyError: 'a\\nb' (add --debug to see where)", 1)
+    assert describe_error(Interrupted("stopped at step 3")) == ("stopped at step 3", 130)
+    assert describe_error(RayspError("two\nlines")) == ("two lines", 1)
+    arguments = ["plan", "--lengths", lengths_file, "--preset", "nope"]
+    raysp(*arguments).assert_refused("unknown preset")
+    for debug in (raysp(*arguments, "--debug"), raysp("--debug", *arguments)):
+        assert debug.code == 2
+        assert "Traceback (most recent call last)" in debug.err
+        assert debug.err.splitlines()[-1].startswith("raysp: error: unknown preset")
+    monkeypatch.setenv("RAYSP_DEBUG", "1")
+    assert "Traceback" in raysp(*arguments).err
+
+
+def test_a_reader_that_stops_early_is_no_error(lengths_file):
+    code = "import sys; from raysp.cli import main; sys.stdin.readline(); main(sys.argv[1:])"
+    reader, writer = os.pipe()
+    command = [sys.executable, "-c", code, "plan", "--lengths", str(lengths_file), "--preset", PRESET, "--json"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    os.close(reader)
+    _, err = child.communicate("go\n", timeout=120)
+    assert (child.returncode, err) == (1, "")
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    fifo = source / "a.jsonl"
+    os.mkfifo(fifo)
+    command = [sys.executable, "-m", "raysp", "prepare", str(fifo), "--output", str(tmp_path / "out")]
+    # A pipe that nobody writes to: the command waits in the middle of its work.
+    child = subprocess.Popen([*command, "--format", "jsonl"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        with fifo.open("w"):
+            time.sleep(0.2)
+            child.send_signal(signal.SIGINT)
+            out, _ = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert (child.returncode, out) == (130, "")
+    assert os.listdir(tmp_path) == ["in"]
