@@ -137,10 +137,8 @@ def make_problem(
 
 def allowed_degrees(num_ranks: int, cost_model: CostModel, attention: str, rule: str) -> tuple[int, ...]:
     """Return the degrees that groups may have, ascending; with Ulysses those that divide the heads."""
-    if rule == "any":
-        candidates = list(range(1, num_ranks + 1))
-    else:
-        candidates = [1 << power for power in range(num_ranks.bit_length())]
+    powers_of_two = [1 << power for power in range(num_ranks.bit_length())]
+    candidates = list(range(1, num_ranks + 1)) if rule == "any" else powers_of_two
     return tuple(d for d in candidates if cost_model.allows_degree(d, attention=attention))
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from planner import CostModel, list_presets, load_preset
+from planner import CostModel, InfeasibleError, list_presets, load_preset
+from raysp.cluster.planning import plan_batch
 from raysp.config import Config
 from raysp.data.dataset import TokenDataset
 from raysp.data.loader import BatchLoader, Cursor
@@ -160,18 +161,21 @@ def check_longest_sequence(inputs: RunInputs, cost_model: CostModel) -> None:
     """Refuse a run whose longest sequence fits no group, before anything is trained.
 
     Raises:
-        planner.InfeasibleError: Names the sequence, what it needs and what the largest group offers.
-        InputError: A static degree exceeds the number of workers.
+        InputError: Names the document, what it needs and what the largest group offers.
+        planner.PlanError: A static degree exceeds the number of workers.
     """
-    from raysp.cluster.planning import plan_batch
-
     lengths = inputs.dataset.sequence_lengths
     longest = int(np.argmax(lengths))
-    plan_batch(
-        (int(lengths[longest]),),
-        config=inputs.config.planner,
-        cost_model=cost_model,
-        num_ranks=inputs.config.cluster.num_workers,
-        seed=inputs.config.train.seed,
-        policy=inputs.config.planner.policy,
-    )
+    try:
+        plan_batch(
+            (int(lengths[longest]),),
+            config=inputs.config.planner,
+            cost_model=cost_model,
+            num_ranks=inputs.config.cluster.num_workers,
+            seed=inputs.config.train.seed,
+            policy=inputs.config.planner.policy,
+        )
+    except InfeasibleError as error:
+        # Alone in its batch the sequence is number 0; here its document is what the user can look up.
+        document = inputs.dataset.document_of(longest)
+        raise InputError(f"the longest document (row {document} of {inputs.config.data.path}): {error}") from error

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from raysp.commands.output import terminal
 from raysp.config import load_config
 from raysp.tracking.console import ConsoleReporter
 
@@ -23,7 +23,7 @@ def run(config_path: Path, overrides: Sequence[str], output: Path) -> None:
     config = load_config(config_path, overrides)
     from raysp.cluster.driver import measure_cost_model
 
-    console = Console()
+    console = terminal()
     fit = measure_cost_model(config, on_event=ConsoleReporter(console).handle)
     table = Table(title="measured and fitted", title_justify="left")
     for heading in ("degree", "sequences", "tokens", "longest", "measured s", "fitted s", "error"):

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from raysp.commands.output import print_json, terminal
@@ -45,7 +46,14 @@ def doctor(*, as_json: bool) -> None:
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
-        terminal().print(_table(findings))
+        console = terminal()
+        console.print(_table(findings))
+        if any(finding.found is None for finding in findings):
+            console.print("\nto get what is not here:")
+        for finding in findings:
+            if finding.found is None:
+                # Not in the table, which would break the commands into lines.
+                console.print(f"  {finding.name}: {finding.remedy}", soft_wrap=True, markup=False)
     missing = [finding.name for finding in findings if finding.required and finding.found is None]
     if missing:
         raise RayspError(
@@ -163,9 +171,10 @@ def _attempt(look: Callable[[], str | None]) -> str | None:
 
 def _table(findings: list[Finding]) -> Table:
     table = Table(box=None, padding=(0, 2), header_style="bold")
-    for heading in ("", "what", "found", "to get it"):
+    for heading in ("", "what", "found"):
         table.add_column(heading, overflow="fold")
     for finding in findings:
         sign = "[green]ok[/green]" if finding.found else "[red]missing[/red]" if finding.required else "-"
-        table.add_row(sign, finding.name, finding.found or "", finding.remedy.replace("[", r"\["))
+        found = finding.found or ("" if finding.required else "not here; optional")
+        table.add_row(sign, finding.name, escape(found))
     return table

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from raysp.commands.output import terminal
 from raysp.errors import RayspError
 
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -19,7 +20,7 @@ def submit(address: str, config_path: Path, overrides: Sequence[str], follow: bo
     from raysp.cluster.jobs import submit_job
 
     job_id = submit_job(address, config_path, overrides)
-    console = Console()
+    console = terminal()
     console.print(f"submitted {job_id}", highlight=False)
     if follow:
         _follow(address, job_id)
@@ -32,7 +33,7 @@ def status(job_id: str, address: str | None) -> None:
     """Print PENDING, RUNNING, SUCCEEDED, STOPPED or FAILED."""
     from raysp.cluster.jobs import job_status
 
-    Console().print(job_status(_resolved(address), job_id).value, highlight=False)
+    terminal().print(job_status(_resolved(address), job_id).value, highlight=False)
 
 
 def logs(job_id: str, address: str | None, follow: bool) -> None:
@@ -49,7 +50,7 @@ def stop(job_id: str, address: str | None) -> None:
     """Stop the job and print how it ended."""
     from raysp.cluster.jobs import stop_job
 
-    Console().print(stop_job(_resolved(address), job_id).value, highlight=False)
+    terminal().print(stop_job(_resolved(address), job_id).value, highlight=False)
 
 
 def _follow(address: str, job_id: str) -> None:
@@ -64,7 +65,7 @@ def _follow(address: str, job_id: str) -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print(f"no longer following; {job_id} goes on. `raysp stop {job_id}` stops it.")
         return
-    Console().print(f"{job_id} {ended.value}", highlight=False)
+    terminal().print(f"{job_id} {ended.value}", highlight=False)
     if ended == JobStatus.FAILED:
         raise RayspError(f"the job {job_id} failed; its output above says why.")
 

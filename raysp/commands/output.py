@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ from rich.console import Console
 
 from raysp.errors import RayspError
 
+_LOG_WIDTH = 110
+
 
 def terminal() -> Console:
-    """Standard output; colours and width as the terminal has them."""
-    return Console(highlight=False, soft_wrap=False)
+    """Standard output; colours and width as the terminal has them, and in a log file room for the tables."""
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = max(console.width, _LOG_WIDTH)
+    return console
 
 
 def print_json(content: Any) -> None:
@@ -36,7 +42,8 @@ def write_file(path: Path, content: str | bytes) -> None:
         partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise RayspError(
             f"cannot write {path}: {error.strerror or error}; expected a file that can be created. "
             "Choose another place, or free some room."

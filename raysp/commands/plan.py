@@ -50,9 +50,8 @@ def read_cost_model(preset: str | None, file: Path | None) -> CostModel:
         return load_preset(preset)
     if file is not None and preset is None:
         return CostModel.load(file)
-    raise InputError(
-        "the cost model is not clear; expected exactly one of --preset NAME and --cost-model FILE. Add it."
-    )
+    given = "neither" if preset is None else "both"
+    raise InputError(f"{given} of --preset NAME and --cost-model FILE given; expected exactly one. Correct that.")
 
 
 def plan(

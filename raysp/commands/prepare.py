@@ -16,14 +16,16 @@ from raysp.data.prepare import prepare as prepare_dataset
 
 def prepare(source: Path, output: Path, *, as_json: bool, **options: Any) -> None:
     """Prepare and report; ``options`` are those of `raysp.data.prepare.prepare`."""
+    errors = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[written]}"),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=errors,
         transient=True,
+        disable=not errors.is_terminal,
     )
     with bar:
         task = bar.add_task("reading", total=None, written="")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from raysp.commands.output import terminal
 from raysp.config import Config, load_config
 from raysp.tracking.console import ConsoleReporter, comparison_table, geometric_mean_speed_up
 
@@ -26,7 +27,7 @@ def run(config_path: Path, overrides: Sequence[str], resume: str | None) -> None
     config = load_config(config_path, [*overrides, *([f"checkpoint.resume={resume}"] if resume else [])])
     from raysp.cluster.driver import train
 
-    console = Console()
+    console = terminal()
     summary = train(config, on_event=ConsoleReporter(console).handle)
     _print_summary(console, config, summary)
 
@@ -37,10 +38,11 @@ def _print_summary(console: Console, config: Config, summary: RunSummary) -> Non
         console.print(comparison_table(summary.comparisons))
         ratio = geometric_mean_speed_up(summary.comparisons)
         other = summary.comparisons[0].other.policy
+        largest = max(abs(row.run.loss / row.other.loss - 1) for row in summary.comparisons)
         verdict = "faster than" if ratio > 1.005 else "slower than" if ratio < 0.995 else "level with"
         console.print(
             f"{config.planner.policy} is {verdict} {other} on these batches: {ratio:.2f}x (geometric mean, measured); "
-            "the losses of both plans agree as shown.",
+            f"the losses differ by at most {largest:.0e}.",
             highlight=False,
             soft_wrap=True,
         )

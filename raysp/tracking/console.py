@@ -87,10 +87,10 @@ class ConsoleReporter:
 
 def step_table(event: StepFinished) -> Table:
     """The SP groups of one step: degree x count, method, sequences, tokens, predicted beside measured time."""
-    table = Table(box=None, padding=(0, 2), header_style="dim")
-    table.add_column("micro-batch")
-    for heading in ("groups (degree x count)", "attention", "sequences", "tokens", "predicted s", "measured s"):
-        table.add_column(heading, justify="left" if heading == "attention" else "right")
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table.add_column("micro-batch", no_wrap=True)
+    for heading in ("degree x count", "attention", "sequences", "tokens", "predicted s", "measured s"):
+        table.add_column(heading, justify="left" if heading == "attention" else "right", no_wrap=True)
     for index, micro_batch in enumerate(event.micro_batches):
         for row, shape in enumerate(micro_batch.shapes):
             table.add_row(
@@ -106,27 +106,28 @@ def step_table(event: StepFinished) -> Table:
 
 
 def comparison_table(rows: Sequence[BatchCompared]) -> Table:
-    """The same batches under two policies, with the ratio of their measured times."""
+    """The same batches under two policies: groups (degree x count, micro-batches apart by a bar), times, losses."""
     run, other = rows[0].run.policy, rows[0].other.policy
     table = Table(title=f"the same batches: {run} against {other}", header_style="bold", title_justify="left")
-    headings = ("batch", "tokens", "longest", f"{run}: groups", "predicted s", "measured s")
-    for heading in (*headings, f"{other}: groups", "predicted s", "measured s", "speed-up", "loss differs by"):
-        table.add_column(heading, justify="left" if heading.endswith("groups") else "right")
+    table.add_column("batch", justify="right")
+    for heading in ("policy", "groups"):
+        table.add_column(heading)
+    for heading in ("tokens", "longest", "predicted s", "measured s", "speed-up", "loss"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        difference = abs(row.run.loss - row.other.loss) / max(abs(row.other.loss), 1e-30)
-        table.add_row(
-            str(row.batch),
-            f"{row.num_tokens:,}",
-            f"{row.longest:,}",
-            row.run.groups,
-            f"{row.run.predicted_time_s:.2f}",
-            f"{row.run.measured_time_s:.2f}",
-            row.other.groups,
-            f"{row.other.predicted_time_s:.2f}",
-            f"{row.other.measured_time_s:.2f}",
-            f"{row.other.measured_time_s / row.run.measured_time_s:.2f}x",
-            f"{difference:.1e}",
-        )
+        speed_up = f"{row.other.measured_time_s / row.run.measured_time_s:.2f}x"
+        for index, measured in enumerate((row.run, row.other)):
+            table.add_row(
+                str(row.batch) if index == 0 else "",
+                measured.policy,
+                measured.groups,
+                f"{row.num_tokens:,}" if index == 0 else "",
+                f"{row.longest:,}" if index == 0 else "",
+                f"{measured.predicted_time_s:.2f}",
+                f"{measured.measured_time_s:.2f}",
+                speed_up if index == 0 else "",
+                f"{measured.loss:.7f}",
+            )
     return table
 
 

@@ -15,12 +15,13 @@ from raysp.tracking.names import sqlite_path, valid_name
 # MLflow's limits of one log_batch request.
 _MAX_METRICS = 1000
 _MAX_PARAMS_OR_TAGS = 100
-# MLflow's defaults keep a request to a dead server going for minutes. What the user has set stays.
-_HTTP_SETTINGS = {
+# MLflow's defaults keep a request to a dead server going for minutes, and print. What the user has set stays.
+_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _ARTIFACT_ROOT_VARIABLE = "_MLFLOW_SERVER_ARTIFACT_ROOT"
 
@@ -36,12 +37,12 @@ class MetricPoint:
 
 
 @contextmanager
-def bounded_requests() -> Iterator[None]:
-    """Limit retries and time-outs of MLflow's HTTP requests inside the block.
+def quiet_bounded_requests() -> Iterator[None]:
+    """Limit retries and time-outs of MLflow's HTTP requests inside the block, and keep it from printing and reporting.
 
-    MLflow reads them from the environment of the process only, so they are put back at the end.
+    MLflow reads such settings from the environment of the process only, so they are put back at the end.
     """
-    with _environment(_HTTP_SETTINGS):
+    with _environment(_SETTINGS):
         yield
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raysp.tracking.mlflow_run import MetricPoint, MlflowRun, bounded_requests
-from raysp.tracking.names import resolve_uri, sqlite_path
+from raysp.tracking.mlflow_run import MetricPoint, MlflowRun, quiet_bounded_requests
+from raysp.tracking.names import resolve_uri
 
 _MAX_METRICS_AT_ONCE = 1000
 # A first SQLite database takes 7 s on an idle machine and more beside training.
-_LOCAL_START_S, _REMOTE_START_S = 60.0, 20.0
+_START_S = 60.0
 _FLUSH_S = 30.0
 # How requests and urllib3 say it, in several lines of nested errors.
 _NO_SERVER_SIGNS = ("Max retries exceeded", "Connection refused", "Failed to establish a new connection")
@@ -92,9 +92,9 @@ class MlflowTracker:
 
     @property
     def run_id(self) -> str | None:
-        """Id of the run; the first call waits for it (SQLite 60 s, server 20 s at most). ``None``: it is not open."""
+        """Id of the run; the first call waits for it, 60 s at most. ``None``: it is not open (yet)."""
         if not self._waited:
-            self._first_attempt_ended.wait(_LOCAL_START_S if sqlite_path(self._uri) else _REMOTE_START_S)
+            self._first_attempt_ended.wait(_START_S)
             self._waited = True
         return self._run_id
 
@@ -151,7 +151,7 @@ class MlflowTracker:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        with bounded_requests():
+        with quiet_bounded_requests():
             run = self._open()
             if run is None:
                 return

@@ -26,7 +26,7 @@ def test_run_trains_validates_saves_tracks_compares_and_resumes(write_config: Wr
     first = raysp("train", "--config", config, "--set", "train.num_steps=4", "--set", "compare.num_steps=0")
     assert first.code == 0, first.err
     assert set(_losses(first.out)) == {1, 2, 3, 4}
-    assert "groups (degree x count)" in first.out
+    assert "degree x count" in first.out
     assert "validation after step 4" in first.out
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("test")

@@ -290,7 +290,7 @@ def test_planning_works_without_the_train_extra_and_the_rest_says_what_to_instal
     assert plan.returncode == 0, plan.stderr
     for arguments, package, extra in (
         (["lengths", str(tmp_path)], "pyarrow", "train"),
-        (["prepare", str(tmp_path), "--output", "x"], "pyarrow", "train"),
+        (["prepare", str(tmp_path), "--output", "x"], "tokenizers", "train"),
         (["lengths", str(lengths_file), "--plot", str(tmp_path / "l.png")], "matplotlib", "plot"),
     ):
         done = process("-c", blocked, *arguments)
@@ -326,20 +326,25 @@ def test_a_reader_that_stops_early_is_no_error(lengths_file):
     assert (child.returncode, err) == (1, "")
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path):
-    source = tmp_path / "in"
-    source.mkdir()
-    fifo = source / "a.jsonl"
-    os.mkfifo(fifo)
-    command = [sys.executable, "-m", "raysp", "prepare", str(fifo), "--output", str(tmp_path / "out")]
-    # A pipe that nobody writes to: the command waits in the middle of its work.
-    child = subprocess.Popen([*command, "--format", "jsonl"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        with fifo.open("w"):
-            time.sleep(0.2)
-            child.send_signal(signal.SIGINT)
-            out, _ = child.communicate(timeout=60)
-    finally:
-        child.kill()
-    assert (child.returncode, out) == (130, "")
-    assert os.listdir(tmp_path) == ["in"]
+def test_ctrl_c_ends_with_130_and_leaves_nothing(raysp, tmp_path):
+    for name, copies in (("small", 1), ("large", 20)):
+        (tmp_path / name).mkdir()
+        for number in range(copies):
+            (tmp_path / name / f"{number}.txt").write_text("all work and no play " * 50_000)
+    assert raysp("prepare", tmp_path / "small", "--output", tmp_path / "one", "--train-tokenizer", 300).code == 0
+    command = [
+        "prepare",
+        tmp_path / "large",
+        "--output",
+        tmp_path / "two",
+        "--tokenizer",
+        tmp_path / "one" / "tokenizer",
+    ]
+    child = subprocess.Popen([sys.executable, "-m", "raysp", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # The folder in progress appears before the tokenizing of 20 MB, which takes seconds.
+    while child.poll() is None and not list(tmp_path.glob(".two.partial-*")):
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    out, _ = child.communicate(timeout=120)
+    assert (child.returncode, out) == (130, b"")
+    assert sorted(os.listdir(tmp_path)) == ["large", "one", "small"]
