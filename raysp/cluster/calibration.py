@@ -24,7 +24,7 @@ from raysp.train.session import ModelSize
 from raysp.train.work import GroupWork, StepResult, StepWork
 
 # Measurements longer than this are not repeated: their noise is small beside them.
-_LONG_RUN_S = 2.0
+_LONG_RUN_S = 1.0
 _TIMEOUT_S = 900.0
 # parameters + gradients + two AdamW moments, in fp32 or fp64
 _STATE_COPIES = 4

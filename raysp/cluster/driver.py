@@ -383,7 +383,7 @@ class _Run:
                 planned = PlannedStep(step=index, batch=batch, plan=plan, plan_time_s=0.0)
                 results = self._run_plan(planned, update=False)
                 measured[policy] = PolicyMeasured(
-                    policy=policy,
+                    policy=_policy_name(policy, plan),
                     groups=describe_groups(plan),
                     predicted_time_s=sum(micro_batch.predicted_time_s for micro_batch in plan.micro_batches),
                     measured_time_s=max(sum(result.micro_batch_times_s) for result in results),
@@ -423,6 +423,13 @@ def _measure(
         )
     )
     return fit
+
+
+def _policy_name(policy: str, plan: planner.StepPlan) -> str:
+    """``static:auto`` by the degree it came to."""
+    if policy != "static:auto":
+        return policy
+    return f"static:{plan.micro_batches[0].groups[0].degree}"
 
 
 def _not_finite(planned: PlannedStep, results: list[StepResult]) -> NonFiniteLossError:

@@ -45,7 +45,7 @@ def test_run_trains_validates_saves_tracks_compares_and_resumes(write_config: Wr
     assert second.code == 0, second.err
     assert set(_losses(second.out)) == {5, 6}
     assert "using the cost model measured before" in second.out
-    assert "the same batches: adaptive against static:auto" in second.out
+    assert "the same batches: adaptive against static:" in second.out
     [resumed] = client.search_runs([experiment.experiment_id])
     assert resumed.info.run_id == run.info.run_id
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
