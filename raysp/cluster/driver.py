@@ -45,6 +45,7 @@ from raysp.train.work import StepResult
 
 _CHECKPOINT_TIMEOUT_S = 1800.0
 _FIRST_STEP_ALLOWANCE_S = 600.0
+_SHORT_STEP_S = 2.0
 # Mean relative error above which a measured cost model deserves distrust.
 _MAX_FIT_ERROR = 0.25
 # Dense bf16 peak of one GPU, from NVIDIA's data sheets; the MFU is reported for these alone.
@@ -361,6 +362,14 @@ class _Run:
         where = f"saved in {self._checkpoint}; the same command resumes" if self._checkpoint else "nothing was saved"
         raise Interrupted(f"stopped by {self._stop.requested} after step {self._done_steps}; {where}.")
 
+    def _warm_up(self, batch: GlobalBatch, policies: list[str]) -> None:
+        """Run short plans once untimed, so that new groups and kernels are not part of the comparison; for long ones
+        that share is small and the time is the user's."""
+        for policy in policies:
+            plan = self._plan(batch, policy)
+            if plan.predicted_step_time_s < _SHORT_STEP_S:
+                self._run_plan(PlannedStep(step=0, batch=batch, plan=plan, plan_time_s=0.0), update=False)
+
     def _compare(self) -> list[BatchCompared]:
         """Time this run's first batches again under both policies in turn, without updating anything."""
         config, rows = self._config.compare, []
@@ -377,6 +386,8 @@ class _Run:
             cursor = batch.next_cursor
             measured = {}
             policies = [self._config.planner.policy, config.policy]
+            if index == 0:
+                self._warm_up(batch, policies)
             # Alternate which goes first, so that neither always profits from what the other warmed up.
             for policy in policies if index % 2 == 0 else policies[::-1]:
                 plan = self._plan(batch, policy)

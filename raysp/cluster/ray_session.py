@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from raysp.config import ClusterConfig
 from raysp.errors import InputError, RayspError
@@ -52,10 +53,11 @@ def ray_session(config: ClusterConfig) -> Iterator[WorkerResources]:
     is_local = not address
     try:
         if is_local:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            # "local": without it Ray would first look for a cluster that `ray start` left a note of, dead or alive.
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         where = f"the Ray cluster at {address!r}" if address else "a local Ray cluster"
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if is_local:
