@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -13,7 +12,7 @@ from raysp.attention.chooser import make_method, resolve_method_name
 from raysp.attention.kernels import resolve_kernel
 from raysp.attention.layout import SequenceLayout
 from raysp.attention.methods.call import AttentionCall, Method
-from raysp.comm import Communicator
+from raysp.comm import Communicator, ProcessGroup
 from raysp.errors import InputError
 
 
@@ -23,7 +22,7 @@ def parallel_attention(
     v: Tensor,
     *,
     layout: SequenceLayout,
-    group: dist.ProcessGroup | Communicator | None,
+    group: ProcessGroup | Communicator | None,
     method: str = "auto",
     causal: bool = True,
     window: int | None = None,
@@ -96,7 +95,7 @@ class _ParallelAttention(torch.autograd.Function):
         return dq.to(dtype), dk.to(dtype), dv.to(dtype), None, None
 
 
-def _communicator(group: dist.ProcessGroup | Communicator | None, layout: SequenceLayout) -> Communicator:
+def _communicator(group: ProcessGroup | Communicator | None, layout: SequenceLayout) -> Communicator:
     if group is None or layout.degree == 1:
         if layout.degree != 1:
             raise InputError(

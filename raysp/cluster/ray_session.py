@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from raysp.errors import InputError, RayspError
 
 # Below this share, CPU workers spend their time waiting for each other's turn on a core.
 _SMALLEST_CPU_SHARE = 0.25
+_KNOCK_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ def ray_session(config: ClusterConfig) -> Iterator[WorkerResources]:
             # "local": without it Ray would first look for a cluster that `ray start` left a note of, dead or alive.
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         else:
+            _knock(str(address))
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+    except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
         where = f"the Ray cluster at {address!r}" if address else "a local Ray cluster"
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if is_local:
@@ -70,6 +73,17 @@ def ray_session(config: ClusterConfig) -> Iterator[WorkerResources]:
         yield worker_resources(config, ray.cluster_resources(), is_local=is_local)
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Fail at once where nothing listens; Ray itself tries for minutes and writes its attempts to the terminal.
+
+    Raises:
+        OSError: Nothing answers at ``host:port``.
+    """
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT_S).close()
 
 
 def worker_resources(config: ClusterConfig, totals: dict[str, float], *, is_local: bool) -> WorkerResources:

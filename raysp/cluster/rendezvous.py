@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-from datetime import timedelta
-
 import ray
+
+from raysp.comm import serve_store
 
 
 class Rendezvous:
-    """Holds one TCPStore on a free port for the lifetime of a run.
+    """Holds one store on a free port for the lifetime of a run.
 
     Args:
         loopback: Listen on 127.0.0.1 alone, for a cluster of one machine.
@@ -17,21 +16,8 @@ class Rendezvous:
     """
 
     def __init__(self, *, loopback: bool, timeout_s: float) -> None:
-        from torch.distributed import TCPStore
-
         self._host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.bind((self._host, 0))
-        listener.listen()
-        self._port: int = listener.getsockname()[1]
-        self._store = TCPStore(
-            self._host,
-            self._port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-            master_listen_fd=listener.detach(),
-        )
+        self._store, self._port = serve_store(self._host, timeout_s=timeout_s)
 
     def address(self) -> tuple[str, int]:
         """Host and port of the store."""

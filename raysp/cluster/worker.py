@@ -10,7 +10,7 @@ from typing import Any
 import ray
 import torch
 
-from raysp.comm import init_process
+from raysp.comm import connect_store, init_process
 from raysp.config import Config
 from raysp.data.dataset import TokenDataset
 from raysp.errors import WorkerFailedError
@@ -79,7 +79,7 @@ class Worker:
         else:
             device = torch.device("cpu")
             torch.set_num_threads(spec.num_threads)
-        store = torch.distributed.TCPStore(spec.store_host, spec.store_port, is_master=False)
+        store = connect_store(spec.store_host, spec.store_port)
         self._comms = init_process(
             store,
             global_rank=spec.global_rank,

@@ -1,11 +1,13 @@
 """Transport between ranks; besides FSDP and checkpoints, the only package that calls ``torch.distributed``."""
 
+from torch.distributed import ProcessGroup
+
 from raysp.comm.collectives import all_to_all_rows, reduce_scatter_rows, start_all_gather_rows
 from raysp.comm.communicator import ByteCounter, Communicator
 from raysp.comm.communicators import Communicators, init_process
 from raysp.comm.errors import RankLostError, RankTimeoutError
 from raysp.comm.exchange import Message, PendingExchange, exchange
-from raysp.comm.rendezvous import await_ranks
+from raysp.comm.rendezvous import await_ranks, connect_store, serve_store
 from raysp.comm.world import all_reduce_sum, world_mesh
 
 __all__ = [
@@ -14,14 +16,17 @@ __all__ = [
     "Communicators",
     "Message",
     "PendingExchange",
+    "ProcessGroup",
     "RankLostError",
     "RankTimeoutError",
     "all_reduce_sum",
     "all_to_all_rows",
     "await_ranks",
+    "connect_store",
     "exchange",
     "init_process",
     "reduce_scatter_rows",
+    "serve_store",
     "start_all_gather_rows",
     "world_mesh",
 ]

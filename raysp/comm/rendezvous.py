@@ -1,17 +1,48 @@
-"""A barrier over the key-value store that can say who is missing.
+"""The key-value store through which ranks find each other, and a barrier over it that can say who is missing.
 
 Only keys are exchanged, so it works before any process group exists and while one is broken.
 """
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-from torch.distributed import DistStoreError, Store
+from torch.distributed import DistStoreError, Store, TCPStore
 
 from raysp.comm.errors import RankTimeoutError
+
+
+def serve_store(host: str, *, timeout_s: float) -> tuple[Store, int]:
+    """Serve a store on a free port of one interface; it lives as long as the returned object.
+
+    Args:
+        host: Address to listen on, and no other: ``127.0.0.1`` keeps it on this machine.
+        timeout_s: How long a client waits for a key.
+
+    Returns:
+        The store and its port.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((host, 0))
+    listener.listen()
+    port: int = listener.getsockname()[1]
+    store = TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),
+    )
+    return store, port
+
+
+def connect_store(host: str, port: int) -> Store:
+    """Connect to a store that another process serves."""
+    return TCPStore(host, port, is_master=False)
 
 
 def await_ranks(

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from command_line import raysp
 
+from planner import CostModel
+
 _MODEL = """
 [model.config]
 model_type = "llama"
@@ -38,7 +40,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def write_config(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Write a configuration whose outputs all lie in the test's folder."""
+    """Write a configuration whose outputs all lie in the test's folder; its cost model is given, not measured."""
+    cost_model = tmp_path / "given_cost_model.json"
+    CostModel(
+        name="given",
+        a1_s_per_token2=1e-8,
+        a2_s_per_token=5e-5,
+        b1_s=0.02,
+        b2_s=0.02,
+        communication_s=((2, 1e-5),),
+        bytes_per_token=10_000.0,
+        model_state_bytes_total=1e6,
+        memory_limit_bytes=50e6,
+        attention="ring",
+    ).save(cost_model)
 
     def write(**values: str) -> Path:
         sections: dict[str, list[str]] = {
@@ -50,7 +65,7 @@ def write_config(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
                 "validation_fraction = 0.1",
             ],
             "train": ["num_steps = 4", "learning_rate = 1e-3"],
-            "planner": ['policy = "adaptive"', "time_limit_s = 0.3", "memory_limit_bytes = 50e6"],
+            "planner": ['policy = "adaptive"', "time_limit_s = 0.3", f'cost_model = "{cost_model}"'],
             "checkpoint": [f'dir = "{tmp_path / "checkpoints"}"', "every_steps = 2"],
             "tracking": [f'uri = "sqlite:///{tmp_path / "mlflow.db"}"', 'experiment = "test"'],
         }
