@@ -241,8 +241,11 @@ class CostModel:
         return cls.from_json(text, what=f"cost model {path}")
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json` to `path`."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write `to_json` to `path`, whole or not at all."""
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.partial")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        partial.replace(target)
 
     def _state_bytes(self, num_ranks: int) -> float:
         if num_ranks < 1:

@@ -64,12 +64,14 @@ class TrainConfig(_Section):
 
     num_steps: PositiveInt = 100
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     learning_rate: PositiveFloat = 3e-4
-    min_learning_rate_ratio: NonNegativeFloat = Field(0.1, description="Cosine decay ends at this share of the peak.")
+    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="Cosine decay ends at this share of the peak."
+    )
     warmup_steps: NonNegativeInt = 0
     weight_decay: NonNegativeFloat = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
     recompute: Literal["none", "full"] = "none"

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from planner import CalibrationFit, Sample, fit_cost_model
-from raysp.cluster.run_inputs import attention_method
+from raysp.cluster.run_inputs import attention_method, ulysses_heads
 from raysp.cluster.worker_group import WorkerGroup
 from raysp.config import Config
 from raysp.data.dataset import TokenDataset
@@ -106,7 +106,8 @@ def calibrate(
     degrees = [degree for degree in dict.fromkeys(probe.degree for probe in probes) if degree > 1]
     method = attention_method(config, num_heads=size.num_heads, num_kv_heads=size.num_kv_heads, degrees=degrees)
     if method == "ulysses":
-        probes = [probe for probe in probes if size.num_heads % probe.degree == 0]
+        heads = ulysses_heads(size.num_heads, size.num_kv_heads)
+        probes = [probe for probe in probes if heads % probe.degree == 0]
     samples = []
     fixed_step_s = []
     warmed_up: set[int] = set()
@@ -142,7 +143,7 @@ def calibrate(
         max_mean_relative_error=max_mean_relative_error,
         fixed_step_s=statistics.median(fixed_step_s),
         attention=method,
-        num_heads=size.num_heads,
+        num_heads=ulysses_heads(size.num_heads, size.num_kv_heads),
         metadata={"measured_for": cost_model_key(config, workers)},
     )
 
@@ -155,6 +156,10 @@ def cost_model_key(config: Config, workers: WorkerGroup) -> dict[str, Any]:
         "num_ranks": workers.size,
         "num_parameters": info.model_size.num_parameters,
         "num_layers": info.model_size.num_layers,
+        "num_heads": info.model_size.num_heads,
+        "num_kv_heads": info.model_size.num_kv_heads,
+        "threads_per_worker": config.cluster.threads_per_worker,
+        "cpus_per_worker": config.cluster.cpus_per_worker,
         "dtype": config.train.dtype,
         "recompute": config.train.recompute,
         "attention_method": config.attention.method,

@@ -21,7 +21,13 @@ from raysp.cluster.planning import (
     plan_batch,
 )
 from raysp.cluster.ray_session import ray_session
-from raysp.cluster.run_inputs import RunInputs, check_longest_sequence, read_inputs
+from raysp.cluster.run_inputs import (
+    RunInputs,
+    check_longest_sequence,
+    for_model,
+    read_inputs,
+    smallest_static_policy,
+)
 from raysp.cluster.stop_signal import StopSignal
 from raysp.cluster.worker_group import WorkerGroup
 from raysp.config import Config
@@ -41,6 +47,7 @@ from raysp.tracking.events import (
 )
 from raysp.tracking.recorder import RunRecorder
 from raysp.train.checkpoint import TrainerState, begin_checkpoint, commit_checkpoint, set_aside_newer
+from raysp.train.model import model_identity
 from raysp.train.work import StepResult
 
 _CHECKPOINT_TIMEOUT_S = 1800.0
@@ -167,16 +174,21 @@ class _Run:
         )
 
     def _resolve_cost_model(self) -> CostModel:
+        size = self._workers.infos[0].model_size
         if self._inputs.cost_model is not None:
-            return self._inputs.cost_model
+            return for_model(self._inputs.cost_model, self._config, size.num_heads, size.num_kv_heads)
         cached = Path(self._config.checkpoint.dir) / "cost_model.json" if self._config.checkpoint.dir else None
         if cached is not None and cached.is_file():
-            model = CostModel.load(cached)
-            if dict(model.metadata).get("measured_for") == cost_model_key(self._config, self._workers):
-                self._recorder.handle(PhaseStarted(f"using the cost model measured before, {cached}"))
-                return model
+            try:
+                model = CostModel.load(cached)
+            except planner.CostModelError as error:
+                self._recorder.handle(WarningRaised(f"measuring anew, because {error}"))
+            else:
+                if dict(model.metadata).get("measured_for") == cost_model_key(self._config, self._workers):
+                    self._recorder.handle(PhaseStarted(f"using the cost model measured before, {cached}"))
+                    return model
         # A poor fit costs speed, never correctness; it is reported, and no reason to refuse a run.
-        fit = _measure(self._inputs, self._workers, self._recorder.handle, max_mean_relative_error=math.inf)
+        fit = _measure(self._inputs, self._workers, self._handle_or_stop, max_mean_relative_error=math.inf)
         if fit.mean_relative_error > _MAX_FIT_ERROR:
             self._recorder.handle(
                 WarningRaised(
@@ -189,6 +201,11 @@ class _Run:
             fit.cost_model.save(cached)
         self._workers.call_same("initialize", timeout_s=_FIRST_STEP_ALLOWANCE_S, what="building the model")
         return fit.cost_model
+
+    def _handle_or_stop(self, event: Event) -> None:
+        self._recorder.handle(event)
+        if self._stop.requested:
+            raise Interrupted(f"stopped by {self._stop.requested} before the first step; nothing was trained.")
 
     def _facts(self) -> dict[str, str | int]:
         info = self._workers.infos[0]
@@ -208,6 +225,7 @@ class _Run:
                 "load",
                 self._inputs.resume_from.resolve(),
                 self._done_steps,
+                self._inputs.state.files if self._inputs.state else {},
                 timeout_s=_CHECKPOINT_TIMEOUT_S,
                 what="loading the checkpoint",
             )
@@ -232,9 +250,9 @@ class _Run:
             num_steps=config.train.num_steps,
             cursor=self._cursor,
         ) as steps:
-            if self._stop.requested:
-                return
             for planned in steps:
+                if self._stop.requested:
+                    return
                 self._step(planned)
                 if self._stop.requested:
                     return
@@ -343,7 +361,7 @@ class _Run:
     def _save(self) -> None:
         directory = Path(str(self._config.checkpoint.dir)).resolve()
         folder = begin_checkpoint(directory, self._done_steps)
-        self._workers.call_same("save", folder, timeout_s=_CHECKPOINT_TIMEOUT_S, what="saving the checkpoint")
+        written = self._workers.call_same("save", folder, timeout_s=_CHECKPOINT_TIMEOUT_S, what="saving the checkpoint")
         state = TrainerState(
             step=self._done_steps,
             cursor=self._cursor.to_dict(),
@@ -351,6 +369,8 @@ class _Run:
             num_ranks=self._workers.size,
             run_id=self._recorder.run_id,
             config=self._config.model_dump(mode="json"),
+            model=model_identity(self._inputs.model_config),
+            files={name: digest for files in written for name, digest in files.items()},
         )
         final = commit_checkpoint(folder, state, keep=self._config.checkpoint.keep)
         self._saved_step, self._checkpoint = self._done_steps, str(final)
@@ -371,21 +391,23 @@ class _Run:
                 self._run_plan(PlannedStep(step=0, batch=batch, plan=plan, plan_time_s=0.0), update=False)
 
     def _compare(self) -> list[BatchCompared]:
-        """Time this run's first batches again under both policies in turn, without updating anything."""
+        """Time the first batches of the data again under both policies in turn, without updating anything."""
         config, rows = self._config.compare, []
+        if not config.num_steps:
+            return []
         cursor = Cursor(0, 0)
-        if config.num_steps:
-            self._recorder.handle(
-                PhaseStarted(
-                    f"comparing on the same batches: {self._config.planner.policy} against {config.policy} "
-                    "(forward and backward, no update)"
-                )
+        other_policy = smallest_static_policy(self._inputs, self._cost_model, config.policy)
+        self._recorder.handle(
+            PhaseStarted(
+                f"comparing on the same batches: {self._config.planner.policy} against {other_policy} "
+                "(forward and backward, no update)"
             )
+        )
         for index in range(config.num_steps):
             batch = self._inputs.loader.batch_at(cursor)
             cursor = batch.next_cursor
             measured = {}
-            policies = [self._config.planner.policy, config.policy]
+            policies = [self._config.planner.policy, other_policy]
             if index == 0:
                 self._warm_up(batch, policies)
             # Alternate which goes first, so that neither always profits from what the other warmed up.
@@ -394,7 +416,7 @@ class _Run:
                 planned = PlannedStep(step=index, batch=batch, plan=plan, plan_time_s=0.0)
                 results = self._run_plan(planned, update=False)
                 measured[policy] = PolicyMeasured(
-                    policy=_policy_name(policy, plan),
+                    policy=policy,
                     groups=describe_groups(plan),
                     predicted_time_s=sum(micro_batch.predicted_time_s for micro_batch in plan.micro_batches),
                     measured_time_s=max(sum(result.micro_batch_times_s) for result in results),
@@ -434,13 +456,6 @@ def _measure(
         )
     )
     return fit
-
-
-def _policy_name(policy: str, plan: planner.StepPlan) -> str:
-    """``static:auto`` by the degree it came to."""
-    if policy != "static:auto":
-        return policy
-    return f"static:{plan.micro_batches[0].groups[0].degree}"
 
 
 def _not_finite(planned: PlannedStep, results: list[StepResult]) -> NonFiniteLossError:

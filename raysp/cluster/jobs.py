@@ -14,10 +14,13 @@ from urllib.parse import urlparse
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from planner import list_presets
 from raysp.config import Config, load_config
 from raysp.errors import InputError, RayspError
 
 _POLL_S = 1.0
+# Ray kills a job three seconds after asking it to stop; a step has to end and a checkpoint to be written first.
+_JOB_ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": "1800"}
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -55,7 +58,11 @@ def submit_job(address: str, config_path: Path, overrides: Sequence[str]) -> str
     with tempfile.TemporaryDirectory(prefix="raysp-job-") as folder:
         (Path(folder) / "config.toml").write_bytes(Path(config_path).read_bytes())
         try:
-            return str(client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder}))
+            return str(
+                client.submit_job(
+                    entrypoint=entrypoint, runtime_env={"working_dir": folder, "env_vars": _JOB_ENVIRONMENT}
+                )
+            )
         except RuntimeError as error:
             raise RayspError(
                 f"the cluster at {address} refused the job: {str(error).strip().splitlines()[-1]}"
@@ -73,22 +80,33 @@ def check_paths(config: Config) -> None:
         "checkpoint.dir": config.checkpoint.dir,
         "model.path": config.model.path,
         "model.config": config.model.config if isinstance(config.model.config, str) else None,
-        "planner.cost_model": config.planner.cost_model if "/" in config.planner.cost_model else None,
-        "checkpoint.resume": config.checkpoint.resume if "/" in config.checkpoint.resume else None,
+        "planner.cost_model": None
+        if config.planner.cost_model in ("auto", *list_presets())
+        else config.planner.cost_model,
+        "checkpoint.resume": None if config.checkpoint.resume in ("auto", "none") else config.checkpoint.resume,
     }
     relative = [
         f"{key} = {value!r}" for key, value in named.items() if value and not PurePosixPath(value).is_absolute()
     ]
     uri = config.tracking.uri
-    if config.tracking.enabled and (
-        uri is None or (uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"))
-    ):
+    if config.tracking.enabled and not _is_absolute_uri(uri):
         relative.append(f"tracking.uri = {uri!r}")
     if relative:
         raise InputError(
             f"a job needs absolute paths and URIs, because its working directory is temporary, but {'; '.join(relative)}. "
             "Give absolute ones, e.g. --set checkpoint.dir=/shared/run --set tracking.uri=sqlite:////shared/mlflow.db."
         )
+
+
+def _is_absolute_uri(uri: str | None) -> bool:
+    if uri is None:
+        return False
+    scheme, separator, rest = uri.partition(":")
+    if not separator:
+        return PurePosixPath(uri).is_absolute()
+    if scheme in ("sqlite", "file"):
+        return PurePosixPath(rest.removeprefix("///" if scheme == "sqlite" else "//")).is_absolute()
+    return True
 
 
 def job_status(address: str, job_id: str) -> JobStatus:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray.exceptions import AuthenticationError
@@ -18,6 +20,7 @@ from raysp.errors import InputError, RayspError
 # Below this share, CPU workers spend their time waiting for each other's turn on a core.
 _SMALLEST_CPU_SHARE = 0.25
 _KNOCK_TIMEOUT_S = 10.0
+_TOKEN_FILE = Path("~/.ray/auth_token")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class WorkerResources:
 
 @contextlib.contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[WorkerResources]:
-    """Connect to ``cluster.address``, or start a local cluster bound to loopback, and leave it at the end.
+    """Connect to ``cluster.address``, or start a local one that asks for a token, and leave it at the end.
 
     Raises:
         InputError: The address does not answer, or the cluster is smaller than ``cluster.num_workers``.
@@ -55,6 +58,7 @@ def ray_session(config: ClusterConfig) -> Iterator[WorkerResources]:
     is_local = not address
     try:
         if is_local:
+            _require_token()
             # "local": without it Ray would first look for a cluster that `ray start` left a note of, dead or alive.
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         else:
@@ -73,6 +77,18 @@ def ray_session(config: ClusterConfig) -> Iterator[WorkerResources]:
         yield worker_resources(config, ray.cluster_resources(), is_local=is_local)
     finally:
         ray.shutdown()
+
+
+def _require_token() -> None:
+    """Give a local cluster a token of its own where the user has none: its ports are open to the network.
+
+    It stays for the lifetime of the process, because Ray reads the token once.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token" and not any(
+        (os.environ.get("RAY_AUTH_TOKEN"), os.environ.get("RAY_AUTH_TOKEN_PATH"), _TOKEN_FILE.expanduser().is_file())
+    ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _knock(address: str) -> None:

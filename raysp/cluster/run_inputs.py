@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from raysp.data.dataset import TokenDataset
 from raysp.data.loader import BatchLoader, Cursor
 from raysp.errors import CheckpointError, InputError
 from raysp.train.checkpoint import TrainerState, checkpoints_in, read_state
-from raysp.train.model import read_model_config
+from raysp.train.model import model_identity, read_model_config
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def read_inputs(config: Config) -> RunInputs:
     Raises:
         InputError: Any of them is missing, corrupt or does not fit the others.
     """
+    _check_policies(config)
+    _check_writable(config.checkpoint.dir)
     data = config.data
     dataset = TokenDataset.open(data.path, max_length=data.max_length, drop_empty=data.drop_empty)
     train_ids, validation_ids = dataset.split(data.validation_fraction, config.train.seed)
@@ -79,7 +83,7 @@ def read_inputs(config: Config) -> RunInputs:
     dataset.check_vocab_size(model_config.vocab_size)
     resume_from, state = _find_checkpoint(config)
     if state is not None:
-        _check_resumable(state, config, dataset)
+        _check_resumable(state, config, dataset, model_config)
     return RunInputs(
         config=config,
         dataset=dataset,
@@ -120,6 +124,64 @@ def attention_method(config: Config, *, num_heads: int, num_kv_heads: int, degre
     return "ulysses" if divides else "ring"
 
 
+def for_model(cost_model: CostModel, config: Config, num_heads: int, num_kv_heads: int) -> CostModel:
+    """A given cost model with the method that this run's configuration and model's heads allow.
+
+    ``attention.method = "auto"`` keeps the method of the cost model.
+    """
+    method = cost_model.attention if config.attention.method == "auto" else config.attention.method
+    return replace(cost_model, attention=method, num_heads=ulysses_heads(num_heads, num_kv_heads))
+
+
+def ulysses_heads(num_heads: int, num_kv_heads: int) -> int:
+    """The number whose divisors are the Ulysses degrees to plan with: both kinds of heads divide by them, or, where key
+    heads are a power of two, are repeated."""
+    repeats = num_kv_heads & (num_kv_heads - 1) == 0
+    return num_heads if repeats else math.gcd(num_heads, num_kv_heads)
+
+
+def smallest_static_policy(inputs: RunInputs, cost_model: CostModel, policy: str) -> str:
+    """``static:auto`` by the degree that holds the corpus' longest sequence; other policies as they are."""
+    if policy != "static:auto":
+        return policy
+    longest = int(inputs.dataset.sequence_lengths.max())
+    plan = plan_batch(
+        (longest,),
+        config=inputs.config.planner,
+        cost_model=cost_model,
+        num_ranks=inputs.config.cluster.num_workers,
+        seed=inputs.config.train.seed,
+        policy=policy,
+    )
+    return f"static:{plan.micro_batches[0].groups[0].degree}"
+
+
+def _check_policies(config: Config) -> None:
+    if config.planner.sync != "per-layer":
+        raise InputError(f"planner.sync = {config.planner.sync!r} is not supported yet; expected 'per-layer'. Set it.")
+    for key, policy in (("planner.policy", config.planner.policy), ("compare.policy", config.compare.policy)):
+        degree = policy.removeprefix("static:")
+        if degree.isdigit() and int(degree) > config.cluster.num_workers:
+            raise InputError(
+                f"{key} = {policy!r} needs groups of {degree} workers, but cluster.num_workers = "
+                f"{config.cluster.num_workers}; expected a degree up to that. Lower it or add workers."
+            )
+
+
+def _check_writable(directory: str | None) -> None:
+    """Find out before training whether checkpoints can be written; the folder stays."""
+    if directory is None:
+        return
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"checkpoint.dir = {directory!r} cannot be written: {error.strerror or error}; expected a folder. Choose another."
+        ) from error
+
+
 def _find_checkpoint(config: Config) -> tuple[Path | None, TrainerState | None]:
     resume = config.checkpoint.resume
     if resume == "none":
@@ -137,11 +199,19 @@ def _find_checkpoint(config: Config) -> tuple[Path | None, TrainerState | None]:
         raise InputError(str(error)) from error
 
 
-def _check_resumable(state: TrainerState, config: Config, dataset: TokenDataset) -> None:
+def _check_resumable(state: TrainerState, config: Config, dataset: TokenDataset, model_config: Any) -> None:
     if state.data_fingerprint != dataset.fingerprint:
         raise InputError(
             f"the checkpoint of step {state.step} was trained on other data than {config.data.path} holds now; expected "
             "the same dataset and data.max_length. Restore them, or start afresh with --resume none."
+        )
+    identity = model_identity(model_config)
+    changed = sorted(key for key in {*identity, *state.model} if identity.get(key) != state.model.get(key))
+    if changed:
+        key = changed[0]
+        raise InputError(
+            f"the checkpoint of step {state.step} holds another model: {key} was {state.model.get(key)!r} and is "
+            f"{identity.get(key)!r} now. Restore it, or start afresh with --resume none."
         )
     saved = state.config
     for section, keys in (

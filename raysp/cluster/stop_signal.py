@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -29,4 +30,5 @@ class StopSignal:
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.requested is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        sys.stderr.write("\nstopping after the work in progress; Ctrl-C again ends at once\n")
         self.requested = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"

@@ -14,6 +14,7 @@ from raysp.comm import connect_store, init_process
 from raysp.config import Config
 from raysp.data.dataset import TokenDataset
 from raysp.errors import WorkerFailedError
+from raysp.train.checkpoint import verify_files
 from raysp.train.session import ModelSize, TrainSession
 from raysp.train.work import GroupWork, StepResult, StepWork
 
@@ -131,14 +132,16 @@ class Worker:
         self._activity = "measuring activations"
         return self._session.activation_bytes(work)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> dict[str, str]:
         """See :meth:`TrainSession.save`."""
         self._activity = f"saving {folder}"
-        self._session.save(folder)
+        return self._session.save(folder)
 
-    def load(self, folder: Path, step: int) -> None:
-        """See :meth:`TrainSession.load`."""
+    def load(self, folder: Path, step: int, files: dict[str, str]) -> None:
+        """Check this rank's share of the files, then see :meth:`TrainSession.load`."""
         self._activity = f"loading {folder}"
+        verify_files(folder, files, part=self._comms.global_rank, num_parts=self._comms.world_size)
+        self._comms.barrier()
         self._session.load(folder, step=step)
 
     def close(self) -> None:

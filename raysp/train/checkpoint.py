@@ -7,17 +7,20 @@ while saving leaves the previous one as the newest. Tensors are saved whole-shap
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -41,6 +44,8 @@ class TrainerState:
         num_ranks: Workers that saved it.
         run_id: MLflow run to continue.
         config: The resolved configuration.
+        model: The transformers configuration; another model is refused.
+        files: Every file of the checkpoint, relative, with its SHA-256; one that is missing or differs is refused.
     """
 
     step: int
@@ -49,11 +54,18 @@ class TrainerState:
     num_ranks: int
     run_id: str | None
     config: dict[str, Any]
+    model: dict[str, Any]
+    files: dict[str, str]
     schema_version: int = SCHEMA_VERSION
 
 
-def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, global_rank: int) -> None:
+def save_shards(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, global_rank: int
+) -> dict[str, str]:
     """Write this rank's part of the tensors; collective over all ranks.
+
+    Returns:
+        The files this rank wrote, relative to ``folder``, with their SHA-256.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -66,9 +78,32 @@ def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         rng = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             rng["cuda"] = torch.cuda.get_rng_state()
-        save_file(rng, folder / "rng" / f"rank-{global_rank:05d}.safetensors")
+        random_state = folder / "rng" / f"rank-{global_rank:05d}.safetensors"
+        save_file(rng, random_state)
+        # The storage writer numbers shards from 1 by rank.
+        written = [*folder.glob(f"shard-{global_rank + 1:05d}-*"), random_state]
+        return {str(file.relative_to(folder)): _sha256(file) for file in written}
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
-        raise CheckpointError(f"rank {global_rank} cannot write the checkpoint {folder}: {error}") from error
+        raise CheckpointError(
+            f"rank {global_rank} cannot write the checkpoint {folder}: {_last_line(error)}. Make room, or correct "
+            "checkpoint.dir."
+        ) from error
+
+
+def verify_files(folder: Path, files: Mapping[str, str], *, part: int, num_parts: int) -> None:
+    """Check every ``num_parts``-th file, from number ``part`` on, so that the ranks share the reading.
+
+    Raises:
+        CheckpointError: A file is missing or not what was written.
+    """
+    for name in sorted(files)[part::num_parts]:
+        file = folder / name
+        if not file.is_file() or _sha256(file) != files[name]:
+            what = "differs from what was saved" if file.is_file() else "is missing"
+            raise CheckpointError(
+                f"the checkpoint {folder} is damaged: {name} {what}. Resume from another one (--resume PATH) or start "
+                "afresh (--resume none)."
+            )
 
 
 def load_shards(
@@ -84,17 +119,17 @@ def load_shards(
         dcp.load(_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(str(folder)))
         random_state = folder / "rng" / f"rank-{global_rank:05d}.safetensors"
         rng = load_file(random_state) if random_state.exists() else {}
+        if "cpu" in rng:
+            torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and torch.cuda.is_available():
+            torch.cuda.set_rng_state(rng["cuda"])
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, dcp.CheckpointException) as error:
         raise CheckpointError(
-            f"cannot load the checkpoint {folder}: {str(error).strip() or type(error).__name__}. "
+            f"cannot load the checkpoint {folder}: {_last_line(error)}. "
             "Resume from another one (--resume PATH) or start afresh (--resume none)."
         ) from error
     for state in optimizer.state.values():
         state["step"] = torch.tensor(float(step))
-    if "cpu" in rng:
-        torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -112,6 +147,17 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
     return tensors
 
 
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _last_line(error: BaseException) -> str:
+    """The reason at the end of a message that may be a whole traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^~")]
+    return (lines[-1] if lines else type(error).__name__).rstrip(".")
+
+
 def begin_checkpoint(directory: Path, step: int) -> Path:
     """Make the temporary folder into which all ranks write; remains of crashed attempts are removed."""
     try:
@@ -127,6 +173,12 @@ def begin_checkpoint(directory: Path, step: int) -> Path:
 
 def commit_checkpoint(folder: Path, state: TrainerState, *, keep: int) -> Path:
     """Make a fully written checkpoint the newest, atomically, and delete those beyond ``keep``."""
+    lost = sorted(name for name in state.files if not (folder / name).is_file())
+    if lost:
+        raise CheckpointError(
+            f"the checkpoint {folder} lacks {', '.join(lost[:3])}, which another node wrote; expected checkpoint.dir to be "
+            "one folder that all nodes share. Earlier checkpoints are untouched."
+        )
     directory = folder.parent
     final = directory / f"step-{state.step:08d}"
     try:
@@ -154,7 +206,8 @@ def set_aside_newer(directory: Path, step: int) -> list[Path]:
         The new paths.
     """
     newer = [path for path in checkpoints_in(directory) if int(path.name.removeprefix("step-")) > step]
-    attempt = 1 + len({path.name.split("-")[1] for path in directory.glob("superseded-*")}) if newer else 0
+    numbers = [int(path.name.split("-")[1]) for path in directory.glob("superseded-*-step-*")]
+    attempt = 1 + max(numbers, default=0)
     return [path.rename(directory / f"superseded-{attempt}-{path.name}") for path in newer]
 
 
@@ -179,9 +232,15 @@ def read_state(folder: Path) -> TrainerState:
             raise CheckpointError(
                 f"{file} has schema_version {table.get('schema_version')!r}; expected {SCHEMA_VERSION}."
             )
-        return TrainerState(**table)
+        state = TypeAdapter(TrainerState).validate_json(json.dumps(table), strict=True, extra="forbid")
     except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = (
+            f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else error
+        )
         raise CheckpointError(
-            f"{folder} is not a whole checkpoint ({error}); expected a folder step-NNNNNNNN with {_STATE_FILE}. "
+            f"{folder} is not a whole checkpoint ({reason}); expected a folder step-NNNNNNNN with {_STATE_FILE}. "
             "Give such a folder, or --resume none."
         ) from error
+    if state.step < 0:
+        raise CheckpointError(f"{file} says step {state.step}; expected at least 0. Give another checkpoint.")
+    return state

@@ -5,11 +5,13 @@ The attention of the model is swapped through transformers' ``AttentionInterface
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from raysp.attention import SequenceLayout, parallel_attention
@@ -18,6 +20,8 @@ from raysp.errors import InputError
 from raysp.train.loss import summed_cross_entropy
 
 ATTENTION_NAME = "raysp"
+# transformers 5 still reads these from older configurations.
+_VERSION_4_FIELDS = ("rope_theta", "rope_scaling", "torch_dtype", "architectures", "transformers_version")
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -151,6 +155,7 @@ def read_model_config(config: ModelConfig, *, vocab_size: int | None, max_length
             table.setdefault("vocab_size", vocab_size)
         table.setdefault("max_position_embeddings", max_length)
         model_type = table.pop("model_type", None)
+        _check_fields(model_type, table)
         try:
             resolved = AutoConfig.for_model(model_type, **table)
         except (ValueError, KeyError, TypeError) as error:
@@ -164,6 +169,14 @@ def read_model_config(config: ModelConfig, *, vocab_size: int | None, max_length
             raise InputError(f"model.config does not fit {model_type!r}: {_first_line(error)}.") from error
     _check_supported(resolved, vocab_size=vocab_size, max_length=max_length)
     return resolved
+
+
+def model_identity(model_config: Any) -> dict[str, Any]:
+    """The fields of a transformers configuration that make it this model: no names, versions or storage types."""
+    content = json.loads(model_config.to_json_string(use_diff=False))
+    for key in ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"):
+        content.pop(key, None)
+    return {key: value for key, value in content.items() if not key.startswith("_")}
 
 
 def build_model(
@@ -188,17 +201,28 @@ def build_model(
     torch.manual_seed(seed)
     if config.path is not None:
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 config.path,
+                output_loading_info=True,
                 dtype=dtype,
                 attn_implementation=ATTENTION_NAME,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot load the weights in {config.path!r}: {_first_line(error)}.") from error
-        model = _on_device(model, device)
+        model, report = loaded
+        wrong = {
+            kind: sorted(map(str, report.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected", "mismatched")
+        }
+        for kind, names in wrong.items():
+            if names:
+                raise InputError(
+                    f"the weights in {config.path!r} do not fit their config.json: {len(names)} {kind} tensors, the first "
+                    f"is {names[0]}. Give a complete model of one kind."
+                )
+        model.to(device)
     else:
         # Drawn in fp32 whatever the dtype, so that runs which differ in it alone start from the same weights.
         with torch.device(device):
@@ -213,8 +237,20 @@ def build_model(
     return result
 
 
-def _on_device(model: nn.Module, device: torch.device) -> Any:
-    return model.to(device)
+def _check_fields(model_type: Any, table: dict[str, Any]) -> None:
+    """Refuse fields that the model's configuration does not have; transformers would keep them without a word."""
+    from transformers import CONFIG_MAPPING
+
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return  # the caller's own error names it
+    known = {*CONFIG_MAPPING[model_type]().to_dict(), *_VERSION_4_FIELDS}
+    unknown = sorted(set(table) - known)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise InputError(
+            f"model.config has the unknown key {unknown[0]!r} for {model_type!r}{hint} Remove or correct it."
+        )
 
 
 def _config_table(config: dict[str, Any] | str | None) -> dict[str, Any]:

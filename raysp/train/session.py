@@ -175,9 +175,13 @@ class TrainSession:
         self._optimizer.zero_grad(set_to_none=True)
         return whole
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shards of model, optimizer and random state under ``folder`` (shared by all ranks)."""
-        checkpoint.save_shards(folder, self._model, self._optimizer, global_rank=self._comms.global_rank)
+    def save(self, folder: Path) -> dict[str, str]:
+        """Write this rank's shards of model, optimizer and random state under ``folder`` (shared by all ranks).
+
+        Returns:
+            The files written, with their SHA-256.
+        """
+        return checkpoint.save_shards(folder, self._model, self._optimizer, global_rank=self._comms.global_rank)
 
     def load(self, folder: Path, *, step: int) -> None:
         """Load what any number of ranks saved after ``step`` optimizer steps."""

@@ -58,6 +58,10 @@ def test_run_trains_validates_saves_tracks_compares_and_resumes(write_config: Wr
     assert resumed.info.run_id == run.info.run_id
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
 
+    other_model = raysp("train", "--config", config, "--set", "model.config.num_key_value_heads=4")
+    assert other_model.code == 2
+    assert "num_key_value_heads was 2 and is 4 now" in other_model.err
+
     third = raysp("train", "--config", config)
     assert third.code == 0, third.err
     assert "nothing to train: step 6 of 6 was already done" in third.out
@@ -148,6 +152,8 @@ def test_unreachable_tracking_server_is_one_warning_and_training_goes_on(write_c
         ("data.path=/does/not/exist", "/does/not/exist"),
         ("planner.cost_model=auto planner.memory_limit_bytes=1000", "per rank, the limit is 0 MiB"),
         ("checkpoint.resume=/does/not/exist", "is not a whole checkpoint"),
+        ("checkpoint.dir=/dev/null/x", "cannot be written"),
+        ("planner.policy=static:4", "needs groups of 4 workers"),
         ("planner.cost_model=nonsense", "is neither 'auto', a file, nor a preset"),
         ("cluster.address=127.0.0.1:1", "cannot reach the Ray cluster at '127.0.0.1:1'"),
     ],

@@ -82,15 +82,15 @@ def test_adaptive_plans_of_this_test_are_heterogeneous() -> None:
     [
         ("static:2", 4, "ring"),
         ("static:4", 4, "ulysses"),
-        ("static:4", 4, "token_ring"),
+        pytest.param("static:4", 4, "token_ring", marks=pytest.mark.slow),
         ("adaptive", 4, "ring"),
-        ("adaptive", 4, "all_gather"),
-        ("adaptive", 4, "bidirectional_ring"),
-        ("adaptive", 3, "ring"),
+        pytest.param("adaptive", 4, "all_gather", marks=pytest.mark.slow),
+        pytest.param("adaptive", 4, "bidirectional_ring", marks=pytest.mark.slow),
+        pytest.param("adaptive", 3, "ring", marks=pytest.mark.slow),
         ("static:1", 2, "ring"),
         ("static:2", 2, "ulysses"),
         ("adaptive", 2, "ring"),
-        ("adaptive", 1, "ring"),
+        pytest.param("adaptive", 1, "ring", marks=pytest.mark.slow),
     ],
 )
 def test_losses_and_gradients_equal_static_1(

@@ -106,7 +106,8 @@ def losses_then_save(comms: Communicators, config: Config, works: list[list[Step
     """Train the given steps and save."""
     session = make_session(comms, config)
     losses = [session.run_step(work[comms.global_rank]).loss for work in works]
-    session.save(Path(folder))
+    files = session.save(Path(folder))
+    assert all((Path(folder) / name).is_file() for name in files)
     return losses
 
 

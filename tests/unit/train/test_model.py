@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from raysp.config import ModelConfig
 from raysp.errors import InputError
-from raysp.train.model import read_model_config
+from raysp.train.model import build_model, read_model_config
 
 _LLAMA = {
     "model_type": "llama",
@@ -41,6 +43,7 @@ def test_configuration_may_be_a_json_file(tmp_path: Path) -> None:
         ({"max_position_embeddings": 10}, "longest sequence has 50 tokens"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1; expected 0"),
         ({"model_type": "mistral", "sliding_window": 16}, "expected full attention"),
+        ({"hiden_size": 64}, "unknown key 'hiden_size' for 'llama'; did you mean 'hidden_size'"),
         ({"model_type": "mixtral"}, "expected a dense model"),
         ({"hidden_size": "wide"}, "model.config does not fit 'llama'"),
     ],
@@ -55,3 +58,39 @@ def test_missing_folder_and_file_are_refused(tmp_path: Path) -> None:
         read_model_config(ModelConfig(path=str(tmp_path / "none")), vocab_size=None, max_length=5)
     with pytest.raises(InputError, match=r"cannot read model\.config"):
         read_model_config(ModelConfig(config=str(tmp_path / "none.json")), vocab_size=None, max_length=5)
+
+
+def _save_model(folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**_LLAMA, vocab_size=50)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def _load(folder: Path) -> torch.nn.Module:
+    config = ModelConfig(path=str(folder))
+    model_config = read_model_config(config, vocab_size=50, max_length=8)
+    return build_model(config, model_config, dtype=torch.float32, device=torch.device("cpu"), seed=0, recompute="none")
+
+
+def test_pretrained_weights_are_loaded(tmp_path: Path) -> None:
+    _save_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(_load(tmp_path).lm_head.weight, weights["lm_head.weight"])
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "corrupt"])
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, damage: str) -> None:
+    _save_model(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    if damage == "corrupt":
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        if damage == "missing":
+            del weights["model.layers.1.mlp.up_proj.weight"]
+        else:
+            weights["model.layers.7.mlp.up_proj.weight"] = torch.zeros(3)
+        save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"1 {damage} tensors" if damage != "corrupt" else "cannot load the weights"):
+        _load(tmp_path)
