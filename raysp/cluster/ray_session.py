@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray._raylet import AuthenticationTokenLoader, Config
 from ray.exceptions import AuthenticationError
 
 from raysp.config import ClusterConfig
@@ -89,6 +90,9 @@ def _require_token() -> None:
         (os.environ.get("RAY_AUTH_TOKEN"), os.environ.get("RAY_AUTH_TOKEN_PATH"), _TOKEN_FILE.expanduser().is_file())
     ):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Ray has read its settings when it was imported; it is told to read them again.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _knock(address: str) -> None:
