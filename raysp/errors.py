@@ -6,6 +6,11 @@ Every error is picklable, because Ray ships them from workers to the driver.
 from __future__ import annotations
 
 
+def first_line(error: BaseException | None) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
+
+
 class RayspError(Exception):
     """Work that failed. The command line prints its one line and exits with 1."""
 

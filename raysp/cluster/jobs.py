@@ -16,7 +16,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from planner import list_presets
 from raysp.config import Config, load_config
-from raysp.errors import InputError, RayspError
+from raysp.errors import InputError, RayspError, first_line
 
 _POLL_S = 1.0
 # Ray kills a job three seconds after asking it to stop; a step has to end and a checkpoint to be written first.
@@ -32,9 +32,8 @@ def connect(address: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"cannot reach a Ray job server at {address!r}: {first_line} Expected the dashboard's address, e.g. "
+            f"cannot reach a Ray job server at {address!r}: {first_line(error)} Expected the dashboard's address, e.g. "
             "http://127.0.0.1:8265, and the cluster's token (RAY_AUTH_TOKEN or ~/.ray/auth_token)."
         ) from error
 

@@ -16,7 +16,7 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 from ray.exceptions import AuthenticationError
 
 from raysp.config import ClusterConfig
-from raysp.errors import InputError, RayspError
+from raysp.errors import InputError, RayspError, first_line
 
 # Below this share, CPU workers spend their time waiting for each other's turn on a core.
 _SMALLEST_CPU_SHARE = 0.25
@@ -67,11 +67,10 @@ def ray_session(config: ClusterConfig) -> Iterator[WorkerResources]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
         where = f"the Ray cluster at {address!r}" if address else "a local Ray cluster"
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if is_local:
-            raise RayspError(f"cannot start {where}: {first_line}") from error
+            raise RayspError(f"cannot start {where}: {first_line(error)}") from error
         raise InputError(
-            f"cannot reach {where}: {first_line} Start it (`ray start --head`), check its token, or unset "
+            f"cannot reach {where}: {first_line(error)} Start it (`ray start --head`), check its token, or unset "
             "cluster.address to use this machine."
         ) from error
     try:

@@ -16,7 +16,7 @@ from raysp.cluster.ray_session import WorkerResources
 from raysp.cluster.rendezvous import Rendezvous
 from raysp.cluster.worker import Worker, WorkerInfo, WorkerSpec
 from raysp.config import Config
-from raysp.errors import RayspError, WorkerFailedError
+from raysp.errors import RayspError, WorkerFailedError, first_line
 
 # A dead peer breaks the others' collectives; the death itself is reported a moment later.
 _BLAME_GRACE_S = 5.0
@@ -148,8 +148,8 @@ class WorkerGroup:
         if died:
             first = next(error for rank, error in failures if rank == died[0])
             return WorkerFailedError(
-                f"{_ranks(died)} died during {what}: {_first_line(first)}. Look at the worker's log and its node's "
-                "memory; the run resumes from the last checkpoint."
+                f"{_ranks(died)} died during {what}: {first_line(first).rstrip('.')}. Look at the worker's log and its "
+                "node's memory; the run resumes from the last checkpoint."
             )
         for _, error in failures:
             cause = error.cause if isinstance(error, RayTaskError) else error
@@ -159,7 +159,7 @@ class WorkerGroup:
         cause = error.cause if isinstance(error, RayTaskError) else error
         others = [other for other, _ in failures[1:]]
         return WorkerFailedError(
-            f"{_ranks([rank])} failed during {what}: {type(cause).__name__}: {_first_line(cause)}"
+            f"{_ranks([rank])} failed during {what}: {type(cause).__name__}: {first_line(cause).rstrip('.')}"
             + (f" ({_ranks(others)} failed too)" if others else "")
         )
 
@@ -196,8 +196,3 @@ def _free() -> str:
 
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-def _first_line(error: BaseException | None) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

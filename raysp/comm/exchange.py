@@ -14,6 +14,7 @@ from torch import Tensor
 
 from raysp.comm.communicator import Communicator
 from raysp.comm.errors import RankLostError, RankTimeoutError
+from raysp.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def exchange(sends: Sequence[Message], recvs: Sequence[Message], communicator: C
 
 
 def _transport_error(error: RuntimeError, peers: tuple[int, ...], timeout_s: float) -> RankTimeoutError | RankLostError:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = first_line(error)
     if "timed out" in text.lower() or "timeout" in text.lower():
         return RankTimeoutError(operation="exchange", missing_ranks=peers, timeout_s=timeout_s)
     return RankLostError(operation="exchange", lost_ranks=peers, reason=text)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from raysp.commands.output import print_json, terminal
-from raysp.errors import RayspError
+from raysp.errors import RayspError, first_line
 
 _TRAIN = "pip install 'raysp[train]'"
 
@@ -129,7 +129,7 @@ def _torch() -> list[Finding]:
     try:
         torch = importlib.import_module("torch")
     except Exception as error:  # a broken binary raises OSError, ImportError or RuntimeError
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         again = f"pip install --force-reinstall torch (its import fails: {reason})"
         return [Finding("torch", None, True, again), *_no_gpu(remedy), Finding("aten (kernel)", None, True, again)]
     found = [Finding("torch", torch.__version__, True)]

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raysp.errors import InputError
+from raysp.errors import InputError, first_line
 
 # pyarrow reports a broken file as ArrowInvalid, ArrowException or OSError, depending on the place of the damage.
 READ_ERRORS = (pa.ArrowException, OSError, ValueError)
@@ -121,7 +121,7 @@ class DocumentFile:
 
 def unreadable(path: Path, error: BaseException) -> InputError:
     """The one-line error for a file that pyarrow cannot read."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     return InputError(
         f"cannot read {path}: {reason.rstrip('.')}; expected a complete Parquet file. "
         "Write it again, or prepare the data with raysp prepare."

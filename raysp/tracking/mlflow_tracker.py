@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raysp.errors import first_line
 from raysp.tracking.mlflow_run import MetricPoint, MlflowRun, quiet_bounded_requests
 from raysp.tracking.names import resolve_uri
 
@@ -212,7 +213,7 @@ class MlflowTracker:
         if isinstance(error, ModuleNotFoundError):
             reason = f"{error.name} is not installed; pip install 'raysp[train]'"
         else:
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+            reason = first_line(error)[:300]
             if any(sign in reason for sign in _NO_SERVER_SIGNS):
                 reason = "no server answers there"
         return (

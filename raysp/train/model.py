@@ -16,7 +16,7 @@ from torch import nn
 
 from raysp.attention import SequenceLayout, parallel_attention
 from raysp.config import ModelConfig
-from raysp.errors import InputError
+from raysp.errors import InputError, first_line
 from raysp.train.loss import summed_cross_entropy
 
 ATTENTION_NAME = "raysp"
@@ -148,7 +148,7 @@ def read_model_config(config: ModelConfig, *, vocab_size: int | None, max_length
         try:
             resolved = AutoConfig.from_pretrained(config.path, trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"cannot read the model in {config.path!r}: {_first_line(error)}.") from error
+            raise InputError(f"cannot read the model in {config.path!r}: {_reason(error)}.") from error
     else:
         table = _config_table(config.config)
         if vocab_size is not None:
@@ -160,13 +160,13 @@ def read_model_config(config: ModelConfig, *, vocab_size: int | None, max_length
             resolved = AutoConfig.for_model(model_type, **table)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"model.config with model_type = {model_type!r} is not understood: {_first_line(error)}. "
+                f"model.config with model_type = {model_type!r} is not understood: {_reason(error)}. "
                 "Expected a transformers model type such as 'llama' and its fields."
             ) from error
         except Exception as error:  # huggingface_hub's strict dataclass errors share no public base class
             if type(error).__module__.partition(".")[0] not in ("huggingface_hub", "transformers"):
                 raise
-            raise InputError(f"model.config does not fit {model_type!r}: {_first_line(error)}.") from error
+            raise InputError(f"model.config does not fit {model_type!r}: {_reason(error)}.") from error
     _check_supported(resolved, vocab_size=vocab_size, max_length=max_length)
     return resolved
 
@@ -211,7 +211,7 @@ def build_model(
                 local_files_only=True,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"cannot load the weights in {config.path!r}: {_first_line(error)}.") from error
+            raise InputError(f"cannot load the weights in {config.path!r}: {_reason(error)}.") from error
         model, report = loaded
         wrong = {
             kind: sorted(map(str, report.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected", "mismatched")
@@ -259,7 +259,7 @@ def _config_table(config: dict[str, Any] | str | None) -> dict[str, Any]:
     try:
         table = json.loads(Path(str(config)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read model.config {config!r}: {_first_line(error)}. Expected a JSON file.") from error
+        raise InputError(f"cannot read model.config {config!r}: {_reason(error)}. Expected a JSON file.") from error
     if not isinstance(table, dict):
         raise InputError(f"model.config {config!r} holds a {type(table).__name__}; expected a JSON object.")
     return table
@@ -297,5 +297,5 @@ def _check_supported(model_config: Any, *, vocab_size: int | None, max_length: i
         )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _reason(error: BaseException) -> str:
+    return first_line(error).rstrip(".")
