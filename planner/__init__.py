@@ -4,8 +4,10 @@ Pure decisions on plain values: numpy and pulp, never torch, Ray or raysp.
 """
 
 from planner.buckets import Bucket, Bucketing, bucket_lengths
-from planner.calibration import CalibrationFit, Sample, SampleResidual, fit_cost_model
+from planner.calibration import CalibrationFit, SampleResidual, fit_cost_model
+from planner.cluster import Cluster, Node
 from planner.cost_model import CostModel
+from planner.distribution_library import list_distributions, load_distribution
 from planner.errors import (
     CalibrationError,
     CostModelError,
@@ -15,11 +17,29 @@ from planner.errors import (
     PlannerError,
 )
 from planner.explanation import PlanExplanation, explain_plan
+from planner.flexsp import flexsp_plan
+from planner.group_kind import GroupKind
+from planner.length_distribution import LengthDistribution, split_lengths
+from planner.length_drift import DriftDetector, LengthDrift, compare_lengths
 from planner.length_profile import LengthBucket, LengthProfile, TailShare, read_lengths
+from planner.length_sketch import LengthSketch
+from planner.lookahead import Planned, PlanService, PlanServiceError
+from planner.method_cost import MethodCost, RecomputePolicy
+from planner.online_refit import OnlineRefit
 from planner.plan import CostModelReference, GroupPlan, MicroBatchPlan, StepPlan
+from planner.plan_cache import PlanCache, PlanRequest, plan_request
 from planner.planning import plan_step
 from planner.preset_library import list_presets, load_preset
-from planner.samples import read_samples, write_samples
+from planner.samples import Sample, read_samples, write_samples
+from planner.simulation import (
+    MarginalValue,
+    PolicySummary,
+    SimulatedStep,
+    Simulation,
+    draw_batches,
+    marginal_value,
+    simulate,
+)
 from planner.validation import validate_plan
 
 __all__ = [
@@ -27,30 +47,58 @@ __all__ = [
     "Bucketing",
     "CalibrationError",
     "CalibrationFit",
+    "Cluster",
     "CostModel",
     "CostModelError",
     "CostModelReference",
+    "DriftDetector",
+    "GroupKind",
     "GroupPlan",
     "InfeasibleError",
     "LengthBucket",
+    "LengthDistribution",
+    "LengthDrift",
     "LengthProfile",
+    "LengthSketch",
     "LengthsError",
+    "MarginalValue",
+    "MethodCost",
     "MicroBatchPlan",
+    "Node",
+    "OnlineRefit",
+    "PlanCache",
     "PlanError",
     "PlanExplanation",
+    "PlanRequest",
+    "PlanService",
+    "PlanServiceError",
+    "Planned",
     "PlannerError",
+    "PolicySummary",
+    "RecomputePolicy",
     "Sample",
     "SampleResidual",
+    "SimulatedStep",
+    "Simulation",
     "StepPlan",
     "TailShare",
     "bucket_lengths",
+    "compare_lengths",
+    "draw_batches",
     "explain_plan",
     "fit_cost_model",
+    "flexsp_plan",
+    "list_distributions",
     "list_presets",
+    "load_distribution",
     "load_preset",
+    "marginal_value",
+    "plan_request",
     "plan_step",
     "read_lengths",
     "read_samples",
+    "simulate",
+    "split_lengths",
     "validate_plan",
     "write_samples",
 ]

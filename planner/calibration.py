@@ -1,41 +1,28 @@
 """Fitting a cost model to measured group times, with residuals, and refusing fits that explain too little.
 
-Two fits, both with coefficients of at least zero and rows weighted by 1/time, so that a short group counts as much as a
-long one: ``a1, a2, b1`` from groups of degree 1; then, from what the other groups take beyond that compute time, one
-communication constant for every measured degree and a common ``b2``. Reading sample files is in `planner.samples`.
+First ``a1, a2, b1`` (and seconds per sequence, where they explain clearly more) from groups of degree 1; then, from what
+the other groups take beyond that compute time, the communication constants of every method, one for every measured
+degree inside a node and between nodes, and ``b2``; last the factors of recompute policies. The least squares are in
+`planner.calibration_fits`, samples and their files in `planner.samples`.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from planner.calibration_fits import fit_local, fit_memory, fit_method, fit_recompute
 from planner.cost_model import CostModel
 from planner.errors import CalibrationError
-from planner.nnls import nonnegative_least_squares
+from planner.group_kind import GroupKind
+from planner.method_cost import DEFAULT_RECOMPUTE, MethodCost
+from planner.samples import Sample, check_sample
 
 _MIN_LOCAL_SAMPLES = 3
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One measured group.
-
-    Attributes:
-        lengths: Tokens of every sequence of the group.
-        degree: Ranks of the group.
-        time_s: Measured forward and backward time.
-        memory_bytes: Measured peak memory of a rank, or `None`.
-    """
-
-    lengths: tuple[int, ...]
-    degree: int
-    time_s: float
-    memory_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,12 +68,17 @@ def fit_cost_model(
     num_heads: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     max_mean_relative_error: float = 0.25,
+    num_kv_heads: int | None = None,
+    gpus_per_node: int | None = None,
+    unsharded_state_bytes: float | None = None,
+    half_length_tokens: float = 0.0,
 ) -> CalibrationFit:
     """Fit the constants of a `CostModel` to measured groups.
 
     Args:
-        samples: At least 3 of degree 1, with at least 2 different totals of tokens among them; of every further
-            degree at least 1.
+        samples: At least 3 of degree 1 with the default recompute policy, with at least 2 different totals of tokens
+            among them; of every further degree of a method at least 1; of every further recompute policy at least 1,
+            with memory.
         name: Name of the model.
         num_ranks: Ranks of the job in which memory was measured (model states are sharded over them).
         model_state_bytes_total: Bytes of the sharded model states over all ranks.
@@ -95,10 +87,15 @@ def fit_cost_model(
             `model_state_bytes_fixed` until no sample is predicted below its measurement.
         model_state_bytes_fixed: Bytes of every rank that are known beforehand.
         fixed_step_s: Seconds of a step outside of micro-batches.
-        attention: Parallel attention method that the samples ran.
+        attention: The primary method, which samples ran that name none.
         num_heads: Query heads, or `None`.
         metadata: Kept in the model beside the residuals.
         max_mean_relative_error: A fit worse than this is refused.
+        num_kv_heads: Key/value heads, or `None`.
+        gpus_per_node: Of the cluster that was measured, or `None`.
+        unsharded_state_bytes: See `CostModel`; `None`: unknown.
+        half_length_tokens: Known from the attention kernel alone; groups do not show it, see
+            `planner.calibration_fits.fit_local`.
 
     Returns:
         The model with its residuals.
@@ -107,21 +104,30 @@ def fit_cost_model(
         CalibrationError: Too few or malformed samples, no memory samples where they are needed, or a bad fit.
     """
     _check(samples, num_ranks)
-    a1, a2, b1 = _fit_local([sample for sample in samples if sample.degree == 1])
-    shared = [sample for sample in samples if sample.degree > 1]
-    communication, b2 = _fit_shared(shared, a1, a2, b1)
+    named = [dataclasses.replace(sample, attention=sample.attention or attention) for sample in samples]
+    default = [sample for sample in named if sample.recompute == DEFAULT_RECOMPUTE]
+    local = fit_local([sample for sample in default if sample.degree == 1], half_length_tokens)
+    shared = [sample for sample in default if sample.degree > 1]
+    methods = {
+        method: fit_method([sample for sample in shared if sample.attention == method], local, method)
+        for method in sorted({sample.attention or "" for sample in shared})
+    }
     fixed_bytes = model_state_bytes_fixed
+    known_bytes = model_state_bytes_total / num_ranks
     if bytes_per_token is None:
-        known_bytes = model_state_bytes_total / num_ranks + model_state_bytes_fixed
-        bytes_per_token, extra_bytes = _fit_memory(samples, known_bytes)
+        bytes_per_token, extra_bytes = fit_memory(default, known_bytes + fixed_bytes)
+        fixed_bytes += extra_bytes
+    policies = []
+    for policy_name in sorted({sample.recompute for sample in named} - {DEFAULT_RECOMPUTE}):
+        ran = [sample for sample in named if sample.recompute == policy_name]
+        _check_methods_known(ran, methods, policy_name)
+        policy, extra_bytes = fit_recompute(ran, local, list(methods.values()), known_bytes + fixed_bytes, policy_name)
+        policies.append(policy)
         fixed_bytes += extra_bytes
     constants: dict[str, Any] = {
         "name": name,
-        "a1_s_per_token2": a1,
-        "a2_s_per_token": a2,
-        "b1_s": b1,
-        "b2_s": b2,
-        "communication_s": communication,
+        **local._asdict(),
+        **_method_constants(methods, attention),
         "bytes_per_token": bytes_per_token,
         "model_state_bytes_total": model_state_bytes_total,
         "model_state_bytes_fixed": fixed_bytes,
@@ -129,6 +135,10 @@ def fit_cost_model(
         "fixed_step_s": fixed_step_s,
         "attention": attention,
         "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "gpus_per_node": gpus_per_node,
+        "unsharded_state_bytes": unsharded_state_bytes,
+        "recompute_policies": tuple(policies),
     }
     residuals = _residuals(CostModel(**constants), samples)
     errors = np.asarray([abs(residual.relative_error) for residual in residuals])
@@ -155,19 +165,9 @@ def _check(samples: Sequence[Sample], num_ranks: int) -> None:
     if num_ranks < 1:
         raise CalibrationError(f"num_ranks is {num_ranks}; expected at least 1.")
     for index, sample in enumerate(samples):
-        if not sample.lengths or min(sample.lengths) < 1:
-            raise CalibrationError(
-                f"sample {index} has lengths {list(sample.lengths)[:5]}; expected one or more, from 1 on."
-            )
-        if sample.degree < 1:
-            raise CalibrationError(f"sample {index} has degree {sample.degree}; expected at least 1.")
-        if not math.isfinite(sample.time_s) or sample.time_s <= 0:
-            raise CalibrationError(f"sample {index} has time_s {sample.time_s}; expected a finite number above 0.")
-        memory = sample.memory_bytes
-        if memory is not None and not (math.isfinite(memory) and memory >= 0):
-            raise CalibrationError(f"sample {index} has memory_bytes {memory}; expected a finite number of at least 0.")
-    totals = {sum(sample.lengths) for sample in samples if sample.degree == 1}
-    num_local = sum(sample.degree == 1 for sample in samples)
+        check_sample(sample, f"sample {index}")
+    local = [sample for sample in samples if sample.degree == 1 and sample.recompute == DEFAULT_RECOMPUTE]
+    totals, num_local = {sum(sample.lengths) for sample in local}, len(local)
     if num_local < _MIN_LOCAL_SAMPLES or len(totals) < 2:
         raise CalibrationError(
             f"there are {num_local} samples of degree 1 with {len(totals)} different totals of tokens; expected at "
@@ -175,51 +175,37 @@ def _check(samples: Sequence[Sample], num_ranks: int) -> None:
         )
 
 
-def _fit_local(samples: Sequence[Sample]) -> tuple[float, float, float]:
-    rows = np.asarray([[sum(s * s for s in x.lengths), sum(x.lengths), 1.0] for x in samples], dtype=np.float64)
-    times = np.asarray([x.time_s for x in samples])
-    a1, a2, b1 = nonnegative_least_squares(rows / times[:, None], np.ones(len(samples)))
-    return float(a1), float(a2), float(b1)
+def _check_methods_known(samples: Sequence[Sample], methods: Mapping[str, MethodCost], policy: str) -> None:
+    for sample in samples:
+        if sample.degree > 1 and sample.attention not in methods:
+            raise CalibrationError(
+                f"samples with recompute {policy!r} ran {sample.attention} at degree {sample.degree}, but none with the "
+                f"default policy did; expected both. Measure {sample.attention} with the default policy too."
+            )
 
 
-def _fit_shared(
-    samples: Sequence[Sample], a1: float, a2: float, b1: float
-) -> tuple[tuple[tuple[int, float], ...], float]:
-    degrees = sorted({sample.degree for sample in samples})
-    if not degrees:
-        return (), 0.0
-    rows = np.zeros((len(samples), len(degrees) + 1))
-    beyond = np.zeros(len(samples))
-    for row, sample in enumerate(samples):
-        compute_s = sum(a1 * s * s + a2 * s for s in sample.lengths) / sample.degree + b1
-        rows[row, degrees.index(sample.degree)] = sum(sample.lengths) / sample.degree / sample.time_s
-        rows[row, -1] = 1 / sample.time_s
-        beyond[row] = (sample.time_s - compute_s) / sample.time_s
-    solution = nonnegative_least_squares(rows, beyond)
-    return tuple((degree, float(c)) for degree, c in zip(degrees, solution[:-1], strict=True)), float(solution[-1])
+def _method_constants(methods: Mapping[str, MethodCost], primary: str) -> dict[str, Any]:
+    # What every method takes is the groups' own; a method has what it takes beyond.
+    b2_s = min((method.fixed_s for method in methods.values()), default=0.0)
+    beyond = {name: dataclasses.replace(method, fixed_s=method.fixed_s - b2_s) for name, method in methods.items()}
+    first = beyond.pop(primary, MethodCost(name=primary))
+    return {
+        "b2_s": b2_s,
+        "communication_s": first.communication_s,
+        "between_nodes_s": first.between_nodes_s,
+        "method_fixed_s": first.fixed_s,
+        "methods": tuple(beyond.values()),
+    }
 
 
-def _fit_memory(samples: Sequence[Sample], known_bytes: float) -> tuple[float, float]:
-    measured = [(sum(x.lengths) / x.degree, x.memory_bytes) for x in samples if x.memory_bytes is not None]
-    if len({share for share, _ in measured}) < 2:
-        raise CalibrationError(
-            f"{len(measured)} samples carry memory_bytes, with too few different tokens per rank; expected at least 2, "
-            "or give bytes_per_token."
-        )
-    shares = np.asarray([share for share, _ in measured])
-    memory = np.asarray([bytes_ - known_bytes for _, bytes_ in measured])
-    slope, fixed = nonnegative_least_squares(np.stack([shares, np.ones(len(shares))], axis=1), memory)
-    if slope <= 0:
-        raise CalibrationError(
-            f"measured memory does not grow with tokens beyond the {known_bytes:.0f} bytes of model states per rank; "
-            "check model_state_bytes_total and num_ranks, or give bytes_per_token."
-        )
-    # A prediction below a measurement means out of memory later: the upper envelope is the safe one.
-    return float(slope), float(max(fixed, np.max(memory - slope * shares), 0.0))
+def sample_kind(sample: Sample, attention: str) -> GroupKind:
+    """Return the kind of group that was measured; `attention` is the method where the sample names none."""
+    method = "local" if sample.degree == 1 else sample.attention or attention
+    return GroupKind(sample.degree, method, sample.recompute, sample.spans_nodes and sample.degree > 1)
 
 
 def _residuals(model: CostModel, samples: Sequence[Sample]) -> tuple[SampleResidual, ...]:
-    predicted = [model.group_time_s(sample.lengths, sample.degree) for sample in samples]
+    predicted = [model.kind_time_s(sample.lengths, sample_kind(sample, model.attention)) for sample in samples]
     return tuple(
         SampleResidual(sample, time_s, time_s / sample.time_s - 1)
         for sample, time_s in zip(samples, predicted, strict=True)

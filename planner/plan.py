@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from planner.cluster import Cluster
 from planner.errors import PlanError
+from planner.method_cost import DEFAULT_RECOMPUTE
 from planner.strict_json import (
     as_int,
     as_list,
@@ -41,6 +43,7 @@ class GroupPlan:
         num_tokens: Tokens of those sequences.
         predicted_time_s: Forward and backward time by the cost model.
         predicted_memory_bytes: Peak memory of each rank, rounded to whole bytes.
+        recompute: Recompute policy; in the JSON only where it is not ``"default"``.
     """
 
     ranks: tuple[int, ...]
@@ -50,6 +53,7 @@ class GroupPlan:
     num_tokens: int
     predicted_time_s: float
     predicted_memory_bytes: int
+    recompute: str = DEFAULT_RECOMPUTE
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,16 @@ class StepPlan:
         plan_id: SHA-256 of the content; see `expected_plan_id`.
         num_ranks: Ranks of the job; those in no group of a micro-batch are idle in it.
         num_sequences: Sequences of the batch.
-        sync: ``"per-layer"``: micro-batches run one after the other for all ranks.
+        sync: ``"per-layer"``: micro-batches run one after the other for all ranks; ``"per-step"``: a group starts when
+            its own ranks are free, all ranks meet once per step.
         cost_model: The model that predicted the numbers.
         micro_batches: In the order in which they run.
-        predicted_step_time_s: Sum over micro-batches plus the fixed part of the step.
+        predicted_step_time_s: Sum over micro-batches (per-step: end of the last group) plus the fixed part of the step.
         lower_bound_s: No plan of this batch is predicted faster.
         outcome: ``"optimal"`` only where proven, else ``"feasible"``.
         solve_time_s: How long planning took.
         reason: Where the plan came from, for people; not part of the JSON or of equality.
+        cluster: Nodes that the plan was made for; `None`, and then not in the JSON: those of the cost model.
     """
 
     plan_id: str
@@ -97,6 +103,7 @@ class StepPlan:
     outcome: Outcome
     solve_time_s: float
     reason: str = field(default="", compare=False)
+    cluster: Cluster | None = None
 
     @property
     def gap(self) -> float:
@@ -106,7 +113,13 @@ class StepPlan:
     def to_content(self) -> dict[str, Any]:
         """Return the JSON content."""
         content = dataclasses.asdict(self)
-        del content["reason"]
+        del content["reason"], content["cluster"]
+        if self.cluster is not None:
+            content["cluster"] = self.cluster.to_content()
+        for micro_batch in content["micro_batches"]:
+            for group in micro_batch["groups"]:
+                if group["recompute"] == DEFAULT_RECOMPUTE:
+                    del group["recompute"]
         # Tuples become the lists that JSON has, so that contents compare equal after a round trip.
         return {"schema_version": SCHEMA_VERSION, **cast("dict[str, Any]", _with_lists(content))}
 
@@ -157,6 +170,7 @@ class StepPlan:
             lower_bound_s=as_number(content["lower_bound_s"], "lower_bound_s", PlanError),
             outcome=cast("Outcome", outcome),
             solve_time_s=as_number(content["solve_time_s"], "solve_time_s", PlanError),
+            cluster=Cluster.from_content(content["cluster"]) if "cluster" in content else None,
         )
         expected = plan.expected_plan_id()
         if plan.plan_id != expected:
@@ -206,12 +220,14 @@ def _read_group(value: Any, key: str) -> GroupPlan:
         num_tokens=as_int(content["num_tokens"], f"{key}.num_tokens", PlanError),
         predicted_time_s=as_number(content["predicted_time_s"], f"{key}.predicted_time_s", PlanError),
         predicted_memory_bytes=as_int(content["predicted_memory_bytes"], f"{key}.predicted_memory_bytes", PlanError),
+        recompute=as_str(content.get("recompute", DEFAULT_RECOMPUTE), f"{key}.recompute", PlanError),
     )
 
 
 def _check_fields(content: dict[str, Any], kind: type[Any], what: str) -> None:
-    required = [item.name for item in dataclasses.fields(kind) if item.name != "reason"]
-    check_keys(content, required=required, optional=(), what=what, error=PlanError)
+    names = {item.name for item in dataclasses.fields(kind)} - {"reason"}
+    optional = names & {"recompute", "cluster"}
+    check_keys(content, required=names - optional, optional=optional, what=what, error=PlanError)
 
 
 def _with_lists(value: Any) -> Any:

@@ -110,18 +110,90 @@ def explain(
     command.explain(plan_file, lengths, command.read_cost_model(preset, cost_model), as_json=as_json)
 
 
+@app.command(rich_help_panel=_PLAN)
+def simulate(
+    lengths: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|NAME", help="Lengths file, Parquet file, dataset, or distribution that ships with raysp."
+        ),
+    ],
+    preset: Preset = None,
+    cost_model: CostModelFile = None,
+    num_gpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N[,N...]",
+            help="May be repeated. Default: those the cost model was measured on.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a batch.")] = 512,
+    num_batches: Annotated[int, typer.Option(min=1)] = 10,
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[,NAME...]",
+            help="static (every power of two), static:auto, static:D, batch-adaptive, flexsp, adaptive. "
+            "Default: static,batch-adaptive,adaptive, and flexsp where --flexsp-cpu-s is given.",
+        ),
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Split longer documents first.")] = None,
+    flexsp_cpu_s: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="CPU seconds of each micro-batch in FlexSP's formulation; it is slow, so 0 leaves it out."
+        ),
+    ] = 0.0,
+    time_limit_s: Annotated[float, typer.Option(min=0.0, help="Seconds of search of each adaptive plan.")] = 2.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    marginal: Annotated[
+        bool, typer.Option("--marginal", help="Also say what one GPU or node more or less is worth.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG to write.", metavar="FILE")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", metavar="FILE")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare policies and cluster sizes on batches of a corpus, by predicted times."""
+    from raysp.commands import simulate as command
+    from raysp.commands.plan import read_cost_model
+
+    request = command.SimulateRequest(
+        num_gpus=command.read_num_gpus(num_gpus or ()),
+        batch_size=batch_size,
+        num_batches=num_batches,
+        policies=None if policies is None else tuple(name.strip() for name in policies.split(",")),
+        max_length=max_length,
+        flexsp_cpu_s=flexsp_cpu_s,
+        time_limit_s=time_limit_s,
+        seed=seed,
+        marginal=marginal,
+    )
+    model = read_cost_model(preset, cost_model)
+    command.run(lengths, model, request, output=output, plot=plot, as_json=as_json)
+
+
 @app.command(rich_help_panel=_DATA)
 def lengths(
-    source: Annotated[Path, typer.Argument(metavar="FILE|DATASET", help="Lengths file, Parquet file or dataset.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE|DATASET|NAME",
+            help="Lengths file, Parquet file, dataset, or distribution that ships with raysp.",
+        ),
+    ],
+    against: Annotated[
+        Path | None, typer.Option(help="Say whether this source's lengths differ.", metavar="FILE|DATASET|NAME")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG to write.", metavar="FILE")] = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Split longer documents of a dataset first.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Split longer documents first.")] = None,
     drop_empty: Annotated[bool, typer.Option("--drop-empty", help="Leave out documents without tokens.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show how long the sequences are."""
     from raysp.commands import lengths as command
 
-    command.lengths(source, plot=plot, as_json=as_json, max_length=max_length, drop_empty=drop_empty)
+    command.lengths(source, against=against, plot=plot, as_json=as_json, max_length=max_length, drop_empty=drop_empty)
 
 
 @app.command(rich_help_panel=_DATA)

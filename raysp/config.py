@@ -119,6 +119,10 @@ class PlannerConfig(_Section):
     time_limit_s: PositiveFloat = 2.0
     node_limit: PositiveInt | None = None
     lookahead_steps: PositiveInt = Field(2, description="Plans computed ahead while the workers train.")
+    processes: PositiveInt = Field(1, description="Background processes that plan, one core each.")
+    deadline_s: PositiveFloat | None = Field(
+        None, description="Seconds that a step waits for its plan before the best plan so far is used; default: none."
+    )
 
     @field_validator("memory_limit_bytes", mode="before")
     @classmethod

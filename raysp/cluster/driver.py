@@ -325,6 +325,7 @@ class _Run:
             step_time_s=wall_s,
             predicted_step_time_s=plan.predicted_step_time_s,
             plan_time_s=planned.plan_time_s,
+            plan_wait_s=planned.plan_wait_s,
             plan_gap=plan.predicted_step_time_s / plan.lower_bound_s - 1 if plan.lower_bound_s > 0 else math.inf,
             outcome=plan.outcome,
             peak_memory_bytes=max(result.peak_memory_bytes for result in results),
@@ -388,7 +389,7 @@ class _Run:
         for policy in policies:
             plan = self._plan(batch, policy)
             if plan.predicted_step_time_s < _SHORT_STEP_S:
-                self._run_plan(PlannedStep(step=0, batch=batch, plan=plan, plan_time_s=0.0), update=False)
+                self._run_plan(PlannedStep(step=0, batch=batch, plan=plan), update=False)
 
     def _compare(self) -> list[BatchCompared]:
         """Time the first batches of the data again under both policies in turn, without updating anything."""
@@ -413,7 +414,7 @@ class _Run:
             # Alternate which goes first, so that neither always profits from what the other warmed up.
             for policy in policies if index % 2 == 0 else policies[::-1]:
                 plan = self._plan(batch, policy)
-                planned = PlannedStep(step=index, batch=batch, plan=plan, plan_time_s=0.0)
+                planned = PlannedStep(step=index, batch=batch, plan=plan)
                 results = self._run_plan(planned, update=False)
                 measured[policy] = PolicyMeasured(
                     policy=policy,

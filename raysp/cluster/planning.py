@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from planner import CostModel, StepPlan, plan_step, validate_plan
+from planner import CostModel, PlanRequest, PlanService, StepPlan, plan_request, validate_plan
 from raysp.config import PlannerConfig
 from raysp.data.loader import BatchLoader, Cursor, GlobalBatch
 from raysp.errors import RayspError
@@ -18,12 +17,23 @@ from raysp.train.work import GroupWork, StepWork
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A step that is ready to run. ``step`` is 0-based."""
+    """A step that is ready to run.
+
+    Attributes:
+        step: 0-based.
+        batch: Its sequences.
+        plan: In places of the batch.
+        plan_time_s: How long planning took; 0 for a plan out of the cache.
+        plan_wait_s: How long training waited for it.
+        source: ``"planned"``, ``"cache"``, or ``"incumbent"`` where the deadline had passed.
+    """
 
     step: int
     batch: GlobalBatch
     plan: StepPlan
-    plan_time_s: float
+    plan_time_s: float = 0.0
+    plan_wait_s: float = 0.0
+    source: str = "planned"
 
 
 def plan_batch(
@@ -34,8 +44,15 @@ def plan_batch(
     Raises:
         RayspError: The validator refuses the plan (a defect of the planner; running it could give a wrong answer).
     """
-    plan = plan_step(
-        list(lengths),
+    request = _request(lengths, config, cost_model, num_ranks=num_ranks, seed=seed, policy=policy)
+    return _checked(plan_request(request), request)
+
+
+def _request(
+    lengths: tuple[int, ...], config: PlannerConfig, cost_model: CostModel, *, num_ranks: int, seed: int, policy: str
+) -> PlanRequest:
+    return PlanRequest(
+        lengths=lengths,
         num_ranks=num_ranks,
         cost_model=cost_model,
         policy=policy,
@@ -45,7 +62,10 @@ def plan_batch(
         node_limit=config.node_limit,
         seed=seed,
     )
-    problems = validate_plan(plan, list(lengths), cost_model)
+
+
+def _checked(plan: StepPlan, request: PlanRequest) -> StepPlan:
+    problems = validate_plan(plan, list(request.lengths), request.cost_model)
     if problems:
         raise RayspError(f"the planner made an invalid plan and nothing was run: {'; '.join(problems[:3])}")
     return plan
@@ -100,10 +120,11 @@ def describe_groups(plan: StepPlan) -> str:
 
 
 class PlanAhead:
-    """Plans steps in the background, at most ``planner.lookahead_steps`` ahead of the one in use.
+    """Plans steps in background processes, at most ``planner.lookahead_steps`` ahead of the one in use.
 
     Iterating yields the steps from ``first_step`` to ``num_steps`` in order; an error in planning is raised by the step
-    it belongs to. Use as a context manager.
+    it belongs to. Every plan is checked with the independent validator, those out of the cache and those of a deadline
+    (``planner.deadline_s``) too. Use as a context manager.
     """
 
     def __init__(
@@ -126,37 +147,48 @@ class PlanAhead:
         self._next_step = first_step
         self._num_steps = num_steps
         self._cursor = cursor
-        self._pending: deque[Future[PlannedStep]] = deque()
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="raysp-planner")
+        self._pending: deque[tuple[int, GlobalBatch, PlanRequest]] = deque()
+        self._service = PlanService(
+            num_processes=min(config.processes, config.lookahead_steps),
+            max_ahead=config.lookahead_steps,
+            deadline_s=config.deadline_s,
+        )
 
     def __enter__(self) -> PlanAhead:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._service.close()
 
     def __iter__(self) -> Iterator[PlannedStep]:
         self._fill()
         while self._pending:
-            planned = self._pending.popleft().result()
+            start_s = time.perf_counter()
+            step, batch, request = self._pending.popleft()
+            planned = self._service.result(step)
             self._fill()
-            yield planned
+            plan = _checked(planned.plan, request)
+            yield PlannedStep(
+                step=step,
+                batch=batch,
+                plan=plan,
+                plan_time_s=planned.solve_time_s,
+                plan_wait_s=time.perf_counter() - start_s,
+                source=planned.source,
+            )
 
     def _fill(self) -> None:
-        while len(self._pending) < self._config.lookahead_steps and self._next_step < self._num_steps:
+        while self._next_step < self._num_steps and self._service.can_submit:
             batch = self._loader.batch_at(self._cursor)
-            self._pending.append(self._executor.submit(self._plan, self._next_step, batch))
+            request = _request(
+                batch.lengths,
+                self._config,
+                self._cost_model,
+                num_ranks=self._num_ranks,
+                seed=self._seed,
+                policy=self._config.policy,
+            )
+            self._service.submit(self._next_step, request)
+            self._pending.append((self._next_step, batch, request))
             self._cursor = batch.next_cursor
             self._next_step += 1
-
-    def _plan(self, step: int, batch: GlobalBatch) -> PlannedStep:
-        start_s = time.perf_counter()
-        plan = plan_batch(
-            batch.lengths,
-            config=self._config,
-            cost_model=self._cost_model,
-            num_ranks=self._num_ranks,
-            seed=self._seed,
-            policy=self._config.policy,
-        )
-        return PlannedStep(step=step, batch=batch, plan=plan, plan_time_s=time.perf_counter() - start_s)

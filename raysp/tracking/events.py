@@ -72,6 +72,7 @@ class StepFinished:
     step_time_s: float
     predicted_step_time_s: float
     plan_time_s: float
+    plan_wait_s: float
     plan_gap: float
     outcome: str
     peak_memory_bytes: int
@@ -96,6 +97,7 @@ class StepFinished:
             "step_time_s": self.step_time_s,
             "predicted_step_time_s": self.predicted_step_time_s,
             "plan_time_s": self.plan_time_s,
+            "plan_wait_s": self.plan_wait_s,
             "plan_gap": self.plan_gap,
             "num_ranks": float(self.num_ranks),
         }

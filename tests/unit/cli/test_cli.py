@@ -143,6 +143,79 @@ def test_explain_says_what_bounds_the_plan(raysp, lengths_file, plan_file):
     assert lines == shown.out.splitlines()
 
 
+def test_simulate_compares_policies_and_sizes(raysp, lengths_file, tmp_path):
+    arguments = ["simulate", "--lengths", lengths_file, "--preset", PRESET, "--num-gpus", "8,16", "--num-gpus", 8]
+    arguments += ["--batch-size", 6, "--num-batches", 2, "--time-limit-s", 0.01]
+    shown = raysp(*arguments, "--output", tmp_path / "s.json", "--plot", tmp_path / "s.png")
+    assert (shown.code, shown.err) == (0, "")
+    for text in ("best static", "batch-adaptive", "raysp", "tokens/s", f"written to {tmp_path / 's.json'}"):
+        assert text in shown.out
+    assert "FlexSP" not in shown.out
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((tmp_path / "s.json").read_text())
+    assert (content["num_gpus"], content["complete"], content["marginal_values"]) == ([8, 16], True, [])
+    assert {(step["num_ranks"], step["batch"]) for step in content["steps"]} == {(8, 0), (8, 1), (16, 0), (16, 1)}
+    assert sum(step["num_tokens"] for step in content["steps"] if step["policy"] == "adaptive") == 2 * sum(LENGTHS)
+    best = [row for row in content["summaries"] if row["policy"] == "best static"]
+    assert [row["num_ranks"] for row in best] == [8, 16]
+    assert all(row["relative_to_adaptive"] >= 1 for row in best)
+    assert content["cost_model"]["sha256"] == load_preset(PRESET).sha256
+
+
+def test_simulate_prints_json_of_flexsp_and_what_a_node_is_worth(raysp):
+    arguments = ["simulate", "--lengths", "wikipedia", "--preset", PRESET, "--batch-size", 8, "--num-batches", 1]
+    arguments += ["--max-length", 9000, "--time-limit-s", 0.01, "--num-gpus", 8, "--flexsp-cpu-s", 0.1, "--marginal"]
+    printed = json.loads(raysp(*arguments, "--policies", "static:8,flexsp,adaptive", "--json").out)
+    assert [step["policy"] for step in printed["steps"]] == ["static:8", "flexsp", "adaptive"]
+    assert all(row["relative_to_flexsp"] > 0 for row in printed["summaries"])
+    (value,) = printed["marginal_values"]
+    assert (value["num_ranks"], value["gpus_per_node"]) == (8, 8)
+    assert value["gained_per_added_node"] >= value["gained_per_added_gpu"] >= 0
+    assert value["reason"] in raysp(*arguments).out
+
+
+def test_simulate_says_why_batches_do_not_fit(raysp, lengths_file):
+    arguments = ["simulate", "--lengths", lengths_file, "--preset", PRESET, "--num-gpus", 2, "--batch-size", 12]
+    shown = raysp(*arguments, "--num-batches", 1)
+    assert shown.code == 0
+    assert "1 of 1 do not fit" in shown.out
+    assert re.search(r"2 GPUs, batch 0, raysp: .*Use more ranks", shown.out)
+
+
+def test_simulate_refuses_bad_input(raysp, lengths_file, tmp_path):
+    base = ["simulate", "--lengths", lengths_file, "--preset", PRESET]
+    raysp(*base, "--num-gpus", "8,x").assert_refused("--num-gpus has 'x'; expected integers of at least 1")
+    raysp(*base, "--num-gpus", "0").assert_refused("--num-gpus has '0'")
+    raysp(*base, "--policies", "best").assert_refused("policy is 'best'; expected static")
+    raysp(*base, "--policies", "flexsp").assert_refused("expected --flexsp-cpu-s SECONDS")
+    raysp(*base, "--plot", tmp_path / "s.jpg").assert_refused(r"s\.jpg is not a \.png file")
+    raysp(*base, "--batch-size", 0).assert_refused("--batch-size")
+    raysp("simulate", "--lengths", "nope", "--preset", PRESET).assert_refused("no file and no distribution 'nope'")
+    raysp("simulate", "--lengths", lengths_file).assert_refused("neither of --preset NAME and --cost-model FILE")
+
+
+def test_simulate_keeps_what_is_done_after_ctrl_c(tmp_path):
+    output = tmp_path / "s.json"
+    command = ["simulate", "--lengths", "wikipedia", "--preset", PRESET, "--num-batches", "500", "--batch-size", "32"]
+    command += ["--time-limit-s", "0.01", "--policies", "batch-adaptive,adaptive", "--output", str(output)]
+    code = (
+        "import os, signal, sys\n"
+        "from planner import simulation\n"
+        "real, done = simulation.plan_step, []\n"
+        "def plan_step(*args, **options):\n"
+        "    done.append(1)\n"
+        "    if len(done) == 5: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(*args, **options)\n"
+        "simulation.plan_step = plan_step\n"
+        "from raysp.cli import main; main(sys.argv[1:])\n"
+    )
+    done = process("-c", code, *command)
+    assert done.returncode == 130
+    assert "2 batches; predicted; stopped early" in done.stdout
+    content = json.loads(output.read_text())
+    assert (content["complete"], len(content["steps"])) == (False, 4)
+
+
 def test_lengths_of_a_file_a_dataset_and_a_parquet_file_agree(raysp, lengths_file, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -167,8 +240,44 @@ def test_lengths_plot_is_a_png(raysp, lengths_file, tmp_path):
     raysp("lengths", lengths_file, "--plot", tmp_path / "l.jpg").assert_refused(r"l\.jpg is not a \.png file")
 
 
+def test_lengths_of_a_shipped_distribution_says_that_it_is_a_sample(raysp):
+    shown = raysp("lengths", "wikipedia")
+    assert (shown.code, shown.err) == (0, "")
+    assert "wikipedia: a sample of 100,000 from the table that ships with raysp; 200,000 documents" in shown.out
+    assert "FlexSP" in shown.out
+    content = json.loads(raysp("lengths", "wikipedia", "--max-length", 4096, "--json").out)
+    assert (content["sampled_from"], content["num_sequences"], content["max_tokens"]) == ("wikipedia", 100_000, 4096)
+
+
+def test_lengths_takes_a_file_before_a_distribution_of_that_name(raysp, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wikipedia").write_text("5\n70\n")
+    content = json.loads(raysp("lengths", "wikipedia", "--json").out)
+    assert (content["sampled_from"], content["num_tokens"]) == (None, 75)
+    split = json.loads(raysp("lengths", "wikipedia", "--max-length", 50, "--json").out)
+    assert (split["num_sequences"], split["num_tokens"], split["max_tokens"]) == (3, 75, 50)
+
+
+def test_lengths_against_another_source_shows_both_and_a_verdict(raysp, tmp_path):
+    shown = raysp("lengths", "wikipedia", "--against", "prolong", "--plot", tmp_path / "both.png")
+    assert (shown.code, shown.err) == (0, "")
+    assert "against prolong" in shown.out
+    assert re.search(r"lengths drifted: median 3\d\d tokens instead of 1,9\d\d", shown.out)
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    drift = json.loads(raysp("lengths", "wikipedia", "--against", "prolong", "--json").out)["drift"]
+    assert drift["drifted"]
+    assert drift["statistic"] > 0.5 > drift["threshold"]
+    same = json.loads(raysp("lengths", "prolong", "--against", "prolong", "--json").out)
+    assert not same["drift"]["drifted"]
+    assert same["against"]["num_tokens"] != same["num_tokens"]
+
+
 def test_lengths_refuses_bad_input(raysp, tmp_path):
     raysp("lengths", tmp_path / "x").assert_refused("cannot read lengths file")
+    for arguments in (["wikipedi"], ["wikipedia", "--against", "wikipedi"]):
+        raysp("lengths", *arguments).assert_refused(
+            "no file and no distribution 'wikipedi'; expected a file or one of long-documents, .*prolong, wikipedia"
+        )
     raysp("lengths", tmp_path / "x.parquet").assert_refused(r"x\.parquet does not exist; expected a folder")
     raysp("lengths", tmp_path).assert_refused(r"has no \.parquet file")
     pq.write_table(pa.table({"input_ids": [[1], []]}), tmp_path / "a.parquet")
@@ -269,7 +378,19 @@ def test_help_shows_every_command_and_imports_nothing_heavy():
     )
     done = process("-c", code, env={**os.environ, "COLUMNS": "100"})
     assert done.stdout.rstrip().endswith("heavy [] 0")
-    for name in ("plan", "validate", "explain", "prepare", "lengths", "calibrate", "train", "submit", "doctor", "stop"):
+    for name in (
+        "plan",
+        "simulate",
+        "validate",
+        "explain",
+        "prepare",
+        "lengths",
+        "calibrate",
+        "train",
+        "submit",
+        "doctor",
+        "stop",
+    ):
         assert re.search(rf"│ {name} ", done.stdout), name
 
 

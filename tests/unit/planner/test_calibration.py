@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from planner import (
     CalibrationError,
     CalibrationFit,
     CostModel,
+    GroupKind,
+    MethodCost,
+    RecomputePolicy,
     Sample,
     fit_cost_model,
     read_samples,
@@ -100,6 +104,10 @@ def test_only_degree_one_is_enough_and_says_that_communication_is_unknown() -> N
         ([*measured(), Sample((100,), 1, 0.0)], "sample 21 has time_s 0.0"),
         ([*measured(), Sample((), 1, 0.1)], "sample 21 has lengths"),
         ([*measured(), Sample((5,), 0, 0.1)], "sample 21 has degree 0"),
+        ([*measured(), Sample((5,), 2, 0.1, attention="bogus")], "sample 21 has attention 'bogus'"),
+        ([*measured(), Sample((5,), 2, 0.1, attention="local")], "sample 21 of degree 2 has attention 'local'"),
+        ([*measured(), Sample((5,), 2, 0.1, 9.0, "ring", recompute="x")], "but none with the default policy did"),
+        ([*measured(), Sample((5,), 1, 0.1, recompute="x")], "no sample with recompute 'x' carries memory_bytes"),
         ([*measured(), Sample((5,), 1, 0.1, float("inf"))], "sample 21 has memory_bytes inf"),
         ([dataclasses.replace(s, memory_bytes=None) for s in measured()], "give bytes_per_token"),
         ([dataclasses.replace(s, memory_bytes=9e5) for s in measured()], "does not grow with tokens"),
@@ -125,6 +133,20 @@ def test_samples_round_trip_as_json_and_read_as_csv(tmp_path: Path) -> None:
     assert read_samples(tmp_path / "samples.csv") == samples
 
 
+def test_samples_of_other_kinds_round_trip_and_the_default_is_not_written(tmp_path: Path) -> None:
+    samples = [Sample((7,), 2, 0.25, None, "ring", True, "full"), Sample((9,), 4, 0.5, spans_nodes=True)]
+    write_samples(samples, tmp_path / "samples.json")
+    assert read_samples(tmp_path / "samples.json") == samples
+    (tmp_path / "samples.csv").write_text(
+        "lengths,degree,time_s,attention,spans_nodes,recompute\n7,2,0.25,ring,True,full\n9,4,0.5,,1,\n"
+    )
+    assert read_samples(tmp_path / "samples.csv") == samples
+    write_samples([Sample((9,), 1, 0.5)], tmp_path / "plain.json")
+    assert json.loads((tmp_path / "plain.json").read_text()) == [
+        {"lengths": [9], "degree": 1, "time_s": 0.5, "memory_bytes": None}
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -133,6 +155,9 @@ def test_samples_round_trip_as_json_and_read_as_csv(tmp_path: Path) -> None:
         ("a.csv", "lengths,degree,time_s,speed\n5,1,1,1\n", r"unknown key\(s\) speed"),
         ("a.csv", "lengths,degree,time_s\n5,1,nan\n", "time_s is nan"),
         ("a.csv", "lengths,degree,time_s\n5,1,1,9\n", "more cells than columns"),
+        ("a.csv", "lengths,degree,time_s,spans_nodes\n5,1,1,maybe\n", "spans_nodes 'maybe'; expected true, false"),
+        ("a.json", '[{"lengths": [1], "degree": 1, "time_s": 1, "spans_nodes": 1}]', "spans_nodes is 1"),
+        ("a.json", '[{"lengths": [1], "degree": 1, "time_s": 1, "recompute": ""}]', "recompute is ''"),
         ("a.json", "{}", "expected a JSON array"),
         ("a.json", "[1]", "expected a JSON object"),
         ("a.json", '[{"lengths": [0], "degree": 1, "time_s": 1}]', "lengths is 0"),
@@ -160,3 +185,80 @@ def test_least_squares_meets_the_optimality_conditions(seed: int, rows: int, col
     gradient = matrix.T @ (target - matrix @ x) / np.linalg.norm(matrix, axis=0)
     assert (gradient <= 1e-8).all()
     assert np.abs(gradient[x > 0]).max(initial=0.0) <= 1e-8
+
+
+KINDS = make_model(
+    model_state_bytes_fixed=5e5,
+    communication_s=((2, 1e-6), (4, 2e-6)),
+    between_nodes_s=((2, 4e-6), (4, 9e-6)),
+    methods=(MethodCost(name="ring", communication_s=((2, 3e-6),), between_nodes_s=((4, 2e-5),), fixed_s=0.003),),
+    recompute_policies=(
+        RecomputePolicy(name="full", bytes_per_token=300.0, compute_factor=1.3, communication_factor=1.5),
+    ),
+    per_sequence_s=1e-3,
+    gpus_per_node=4,
+)
+
+
+def measured_kinds(noise: float = 0.0) -> list[Sample]:
+    kinds = [
+        GroupKind(1),
+        *[GroupKind(d, "ulysses", spans_nodes=spans) for d in (2, 4) for spans in (False, True)],
+        GroupKind(2, "ring"),
+        GroupKind(4, "ring", spans_nodes=True),
+        GroupKind(1, "local", "full"),
+        GroupKind(2, "ulysses", "full"),
+        GroupKind(4, "ring", "full", spans_nodes=True),
+    ]
+    generator = np.random.default_rng(5)
+    samples = []
+    for kind in kinds:
+        for lengths in [(100,), (1000,), (8000,), (4000, 4000), (30000,), (500,) * 20, (50,) * 90, (20000, 10, 3000)]:
+            time_s = KINDS.kind_time_s(lengths, kind) * (1 + noise * generator.uniform(-1, 1))
+            memory = KINDS.kind_memory_bytes(sum(lengths), kind, NUM_RANKS)
+            attention = kind.attention if kind.attention == "ring" else None
+            samples.append(Sample(lengths, kind.degree, time_s, memory, attention, kind.spans_nodes, kind.recompute))
+    return samples
+
+
+def test_methods_links_policies_and_time_per_sequence_are_found() -> None:
+    found = fit(measured_kinds(), gpus_per_node=4, num_kv_heads=2, unsharded_state_bytes=7.0)
+    model = found.cost_model
+    keys = ("per_sequence_s", "a1_s_per_token2", "a2_s_per_token", "b1_s", "b2_s", "bytes_per_token")
+    for key in (*keys, "model_state_bytes_fixed"):
+        assert getattr(model, key) == pytest.approx(getattr(KINDS, key), rel=1e-5), key
+    assert dict(model.communication_s) == pytest.approx(dict(KINDS.communication_s), rel=1e-4)
+    assert dict(model.between_nodes_s) == pytest.approx(dict(KINDS.between_nodes_s), rel=1e-4)
+    ring = model.method_cost("ring")
+    assert dict(ring.communication_s) == pytest.approx({2: 3e-6}, rel=1e-4)
+    assert dict(ring.between_nodes_s) == pytest.approx({4: 2e-5}, rel=1e-4)
+    assert ring.fixed_s == pytest.approx(0.003, rel=1e-4)
+    full = model.recompute_policy("full")
+    assert full.bytes_per_token == pytest.approx(300.0, rel=1e-6)
+    assert full.compute_factor == pytest.approx(1.3, rel=1e-6)
+    assert full.communication_factor == pytest.approx(1.5, rel=1e-4)
+    assert (model.gpus_per_node, model.num_kv_heads, model.unsharded_state_bytes) == (4, 2, 7.0)
+    assert found.mean_relative_error < 1e-6
+    assert CostModel.from_json(model.to_json()) == model
+
+
+def test_time_per_sequence_is_left_out_where_it_does_not_explain_clearly_more() -> None:
+    assert fit(measured()).cost_model.per_sequence_s == 0.0
+    found = fit(measured_kinds(noise=0.05))
+    assert found.cost_model.per_sequence_s == pytest.approx(1e-3, rel=0.2)
+    assert 0.0 < found.mean_relative_error < 0.05
+
+
+def test_link_between_nodes_is_never_fitted_faster_than_inside() -> None:
+    samples = [dataclasses.replace(s, time_s=s.time_s * 0.97) if s.spans_nodes else s for s in measured_kinds()]
+    swapped = [dataclasses.replace(s, spans_nodes=s.degree > 1 and not s.spans_nodes) for s in samples]
+    model = fit(swapped).cost_model
+    assert all(seconds >= model.communication_s_per_share(d) for d, seconds in model.between_nodes_s)
+
+
+def test_known_half_length_is_kept_apart_from_linear_compute() -> None:
+    truth = make_model(half_length_tokens=400.0)
+    found = fit(measured(model=truth), half_length_tokens=400.0, bytes_per_token=2000.0)
+    assert found.cost_model.a2_s_per_token == pytest.approx(truth.a2_s_per_token, rel=1e-6)
+    assert found.cost_model.half_length_tokens == 400.0
+    assert dict(found.cost_model.communication_s) == pytest.approx({2: 1e-6, 4: 2e-6}, rel=1e-5)

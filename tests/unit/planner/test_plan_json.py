@@ -166,7 +166,7 @@ def test_corrupted_group_is_named(plan: StepPlan, change: Callable[[GroupPlan], 
         ({"predicted_step_time_s": 0.5}, "predicted_step_time_s is 0.5"),
         ({"lower_bound_s": 1e9}, "lower_bound_s 1000000000.0 is above the step time"),
         ({"lower_bound_s": 0.01, "outcome": "optimal"}, "outcome is 'optimal', but"),
-        ({"sync": "per-step"}, "sync is 'per-step'"),
+        ({"sync": "per-step"}, "sync is 'per-step', but the cost model"),
         ({"micro_batches": ()}, "in no group"),
     ],
 )
