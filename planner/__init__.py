@@ -23,6 +23,7 @@ from planner.length_distribution import LengthDistribution, split_lengths
 from planner.length_drift import DriftDetector, LengthDrift, compare_lengths
 from planner.length_profile import LengthBucket, LengthProfile, TailShare, read_lengths
 from planner.length_sketch import LengthSketch
+from planner.long_sequences import LongSequence
 from planner.lookahead import Planned, PlanService, PlanServiceError
 from planner.method_cost import MethodCost, RecomputePolicy
 from planner.online_refit import OnlineRefit
@@ -40,7 +41,9 @@ from planner.simulation import (
     marginal_value,
     simulate,
 )
+from planner.sync_comparison import SyncComparison
 from planner.validation import validate_plan
+from planner.what_if import WhatIf
 
 __all__ = [
     "Bucket",
@@ -61,6 +64,7 @@ __all__ = [
     "LengthProfile",
     "LengthSketch",
     "LengthsError",
+    "LongSequence",
     "MarginalValue",
     "MethodCost",
     "MicroBatchPlan",
@@ -81,7 +85,9 @@ __all__ = [
     "SimulatedStep",
     "Simulation",
     "StepPlan",
+    "SyncComparison",
     "TailShare",
+    "WhatIf",
     "bucket_lengths",
     "compare_lengths",
     "draw_batches",

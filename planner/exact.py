@@ -19,13 +19,15 @@ _MAX_WORK = 60_000
 def is_tiny(problem: Problem) -> bool:
     """Say whether `exact_draft` takes a fraction of a second."""
     num = len(problem.lengths)
-    return num <= 10 and 3**num * min(problem.num_ranks, 64) * len(problem.degrees) <= 2 * _MAX_WORK
+    return num <= 10 and 3**num * min(problem.num_ranks, 64) * len(problem.kinds) <= 2 * _MAX_WORK
 
 
 def exact_draft(problem: Problem) -> Draft:
     """Return a draft of the least step time over all micro-batch splits, group shapes and assignments.
 
-    The longest sequence must fit some degree. Takes ``O(3^K * N * degrees)``; ask `is_tiny` first.
+    Any groups whose degrees sum to at most the ranks count as possible at the same time: where the cluster does not
+    place the draft, its time is a lower bound only. The longest sequence must fit some kind. Takes
+    ``O(3^K * N * kinds)``; ask `is_tiny` first.
     """
     full = (1 << len(problem.lengths)) - 1
     makespans = _Makespans(problem)
@@ -53,16 +55,18 @@ class _Makespans:
         size = 1 << len(problem.lengths)
         self.table: list[list[float]] = [[0.0] * (self.num_ranks + 1)]
         self.choice: list[list[tuple[int, int]]] = [[(0, 0)] * (self.num_ranks + 1)]
+        degrees = problem.degrees
         times = [self._group_times(members) for members in range(size)]
         for members in range(1, size):
             row, chosen = [math.inf] * (self.num_ranks + 1), [(0, 0)] * (self.num_ranks + 1)
             for group in _parts(members):
                 rest = self.table[members ^ group]
-                for degree, time_s in times[group]:
+                for kind, time_s in times[group]:
+                    degree = degrees[kind]
                     for ranks in range(degree, self.num_ranks + 1):
                         makespan_s = max(time_s, rest[ranks - degree])
                         if makespan_s < row[ranks]:
-                            row[ranks], chosen[ranks] = makespan_s, (group, degree)
+                            row[ranks], chosen[ranks] = makespan_s, (group, kind)
             self.table.append(row)
             self.choice.append(chosen)
 
@@ -70,9 +74,9 @@ class _Makespans:
         groups: list[DraftGroup] = []
         ranks = self.num_ranks
         while members:
-            group, degree = self.choice[members][ranks]
-            groups.append(DraftGroup(degree, self._ids(group)))
-            members, ranks = members ^ group, ranks - degree
+            group, kind = self.choice[members][ranks]
+            groups.append(DraftGroup(kind, self._ids(group)))
+            members, ranks = members ^ group, ranks - self.problem.degrees[kind]
         return tuple(groups)
 
     def _ids(self, members: int) -> tuple[int, ...]:
@@ -81,8 +85,8 @@ class _Makespans:
     def _group_times(self, members: int) -> list[tuple[int, float]]:
         ids = self._ids(members)
         tokens = sum(self.problem.lengths[i] for i in ids)
-        fitting = [degree for degree in self.problem.degrees if self.problem.max_tokens[degree] >= tokens]
-        return [(degree, self.problem.group_time_s(DraftGroup(degree, ids))) for degree in fitting]
+        fitting = [k for k, holds in enumerate(self.problem.max_tokens) if holds >= tokens]
+        return [(k, self.problem.group_time_s(DraftGroup(k, ids))) for k in fitting]
 
 
 def _parts(members: int) -> Iterator[int]:

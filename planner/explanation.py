@@ -1,76 +1,34 @@
-"""Why a plan takes as long as it does, and what other plans would take: `explain_plan`."""
+"""Why a plan takes as long as it does, and what other plans would take: `explain_plan`.
+
+The parts are elsewhere: reasons in `planner.bottleneck`, long sequences in `planner.long_sequences`, changed conditions
+in `planner.what_if`, synchronisation in `planner.sync_comparison`. Here they are put together and into words.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from planner.cost_model import CostModel
 from planner.errors import InfeasibleError
-from planner.plan import GroupPlan, MicroBatchPlan, StepPlan
-from planner.planning import plan_step
-
-_NUM_LONGEST = 3
-
-
-@dataclass(frozen=True)
-class TimeParts:
-    """Where the time of a group goes, in seconds."""
-
-    quadratic_s: float
-    linear_s: float
-    communication_s: float
-    fixed_s: float
-
-    @property
-    def total_s(self) -> float:
-        """The group's predicted time."""
-        return self.quadratic_s + self.linear_s + self.communication_s + self.fixed_s
-
-    @property
-    def largest(self) -> str:
-        """Name of the largest part, for people."""
-        named = {
-            "attention (quadratic compute)": self.quadratic_s,
-            "linear compute": self.linear_s,
-            "communication": self.communication_s,
-            "fixed cost per micro-batch": self.fixed_s,
-        }
-        return max(named, key=lambda name: named[name])
-
-
-@dataclass(frozen=True)
-class MicroBatchExplanation:
-    """One micro-batch.
-
-    Attributes:
-        shape: ``(degree, number of groups)``, degrees descending.
-        num_sequences: Sequences in it.
-        num_tokens: Their tokens.
-        time_s: Time of the slowest group.
-        bottleneck: The slowest group.
-        parts: Where its time goes.
-        longest_lengths: The longest sequences of the micro-batch, in tokens, descending.
-        idle_share: Share of the ranks' time in which they wait, 0 to 1.
-    """
-
-    shape: tuple[tuple[int, int], ...]
-    num_sequences: int
-    num_tokens: int
-    time_s: float
-    bottleneck: GroupPlan
-    parts: TimeParts
-    longest_lengths: tuple[int, ...]
-    idle_share: float
+from planner.long_sequences import LongSequence, long_sequences
+from planner.micro_batch_explanation import MicroBatchExplainer, MicroBatchExplanation, ranks_text
+from planner.plan import StepPlan
+from planner.recosting import PER_STEP, grouping_of, plan_cluster, schedule
+from planner.replanning import Replanning, best_step_time_s
+from planner.sync_comparison import SyncComparison
+from planner.what_if import WhatIf, what_ifs
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another policy on the same batch; `time_s` is `None` where the batch does not fit."""
+    """Another policy on the same batch; `time_s` is `None` where there is no plan, and `note` says why."""
 
     policy: str
     time_s: float | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,127 +36,194 @@ class PlanExplanation:
     """The whole step.
 
     Attributes:
+        plan_id: Of the plan.
+        sync: Of the plan.
         step_time_s: Predicted time of the plan.
         lower_bound_s: No plan is predicted faster.
         gap: plan / bound - 1.
         outcome: ``"optimal"`` or ``"feasible"``.
         idle_share_by_rank: Share of the micro-batches' time in which each rank has no work, 0 to 1.
+        end_by_rank_s: End of each rank's last group, counted from the start of the first micro-batch.
         micro_batches: One for each.
+        long_sequences: The longest ones of the batch.
+        what_ifs: Changed conditions; empty where they were not asked for.
+        what_if_time_limit_s: Seconds of search of each of them; `None`: a limit of nodes instead, or not asked for.
+        sync_comparison: Which synchronisation wins; `None` where not asked for or unknown.
         alternatives: Every static degree and the best degree for this batch.
     """
 
+    plan_id: str
+    sync: str
     step_time_s: float
     lower_bound_s: float
     gap: float
     outcome: str
     idle_share_by_rank: tuple[float, ...]
+    end_by_rank_s: tuple[float, ...]
     micro_batches: tuple[MicroBatchExplanation, ...]
+    long_sequences: tuple[LongSequence, ...]
+    what_ifs: tuple[WhatIf, ...]
+    what_if_time_limit_s: float | None
+    sync_comparison: SyncComparison | None
     alternatives: tuple[Alternative, ...]
+
+    @property
+    def last_ranks(self) -> tuple[int, ...]:
+        """Ranks whose last group ends last."""
+        latest_s = max(self.end_by_rank_s)
+        return tuple(rank for rank, end_s in enumerate(self.end_by_rank_s) if end_s >= latest_s * (1 - 1e-12))
+
+    def summary_line(self) -> str:
+        """Return the step time and what is proven of it."""
+        proof = "proven optimal" if self.outcome == "optimal" else f"at most {self.gap:.1%} above the best plan"
+        number = len(self.micro_batches)
+        return (
+            f"step {self.step_time_s:.4g} s, lower bound {self.lower_bound_s:.4g} s: {proof}; "
+            f"{number} micro-batch{'es' if number != 1 else ''}, sync {self.sync}"
+        )
+
+    def rank_lines(self) -> list[str]:
+        """Return who waits, and under per-step who ends last."""
+        idle = self.idle_share_by_rank
+        mean, most = sum(idle) / len(idle), max(idle)
+        text = [f"idle share of the ranks: mean {mean:.1%}, most {most:.1%} (rank {idle.index(most)})"]
+        if self.sync == PER_STEP:
+            first, latest_s = min(self.end_by_rank_s), max(self.end_by_rank_s)
+            text.append(
+                f"ends last: {ranks_text(self.last_ranks)} after {latest_s:.4g} s; "
+                f"rank {self.end_by_rank_s.index(first)} has ended after {first:.4g} s"
+            )
+        return text
+
+    def what_if_heading(self) -> str:
+        """Return how the what-ifs were found."""
+        limit = self.what_if_time_limit_s
+        searched = "a limited number of nodes" if limit is None else f"at most {limit:g} s"
+        return f"what if (each planned again, searching {searched}; changes to the step of this plan):"
 
     def lines(self) -> list[str]:
         """Return the explanation as lines of text."""
-        proof = "proven optimal" if self.outcome == "optimal" else f"at most {self.gap:.1%} above the best plan"
-        text = [f"step {self.step_time_s:.4g} s, lower bound {self.lower_bound_s:.4g} s: {proof}"]
+        text = [self.summary_line()]
         for number, item in enumerate(self.micro_batches):
-            text += _micro_batch_lines(number, item)
-        idle = self.idle_share_by_rank
-        mean, most = sum(idle) / len(idle), max(idle)
-        text.append(f"idle share of the ranks: mean {mean:.1%}, most {most:.1%} (rank {idle.index(most)})")
+            text += item.lines(number)
+        text += self.rank_lines()
+        text += [item.line() for item in self.long_sequences]
+        if self.what_ifs:
+            text.append(self.what_if_heading())
+        text += [f"  {row.line()}" for row in self.what_ifs]
+        if self.sync_comparison is not None:
+            text.append(f"sync: {self.sync_comparison.reason}")
         for other in self.alternatives:
             if other.time_s is None:
                 text.append(f"{other.policy}: does not fit")
             else:
-                text.append(f"{other.policy}: {other.time_s:.4g} s, {other.time_s / self.step_time_s:.2f}x this plan")
+                ratio = f", {other.time_s / self.step_time_s:.2f}x this plan" if self.step_time_s > 0 else ""
+                text.append(f"{other.policy}: {other.time_s:.4g} s{ratio}")
         return text
 
+    def to_content(self) -> dict[str, Any]:
+        """Return the JSON content: rows as data, and `lines`."""
+        return {
+            **dataclasses.asdict(self),
+            "micro_batches": [item.to_content() for item in self.micro_batches],
+            "last_ranks": self.last_ranks,
+            "lines": self.lines(),
+        }
 
-def explain_plan(plan: StepPlan, lengths: Sequence[int], cost_model: CostModel) -> PlanExplanation:
-    """Say what bounds each micro-batch, who waits, and what other policies would take on the same batch.
+
+def explain_plan(
+    plan: StepPlan,
+    lengths: Sequence[int],
+    cost_model: CostModel,
+    *,
+    with_what_ifs: bool = True,
+    what_if_time_limit_s: float = 1.0,
+    node_limit: int | None = None,
+    num_long_sequences: int = 5,
+    on_progress: Callable[[str], None] | None = None,
+) -> PlanExplanation:
+    """Say what bounds each micro-batch, who waits, what long sequences cost and what would change that.
 
     Args:
         plan: A valid plan (see `validate_plan`).
         lengths: Tokens of every sequence of the batch.
         cost_model: The model the plan was made with.
+        with_what_ifs: Plan again under changed conditions and without the longest sequence.
+        what_if_time_limit_s: Seconds of search of each of those plans; there are about a dozen.
+        node_limit: In place of that limit: equal inputs then give equal explanations.
+        num_long_sequences: How many of the longest sequences are costed.
+        on_progress: Called with what is planned next, for people.
     """
-    busy_s = [0.0] * plan.num_ranks
-    for micro_batch in plan.micro_batches:
-        for group in micro_batch.groups:
-            for rank in group.ranks:
-                busy_s[rank] += group.predicted_time_s
-    total_s = sum(micro_batch.predicted_time_s for micro_batch in plan.micro_batches)
+    progress = on_progress or (lambda what: None)
+    cluster = plan_cluster(plan, cost_model)
+    grouping = grouping_of(plan, cluster)
+    timed = schedule(grouping, lengths, cost_model, plan.num_ranks, plan.sync)
+    replanning = Replanning.like(plan, cost_model, time_limit_s=what_if_time_limit_s, node_limit=node_limit)
+
+    def replanned_step_time_s(others: Sequence[int]) -> float | None:
+        progress("without the longest sequence")
+        try:
+            other = replanning.plan(others, plan.num_ranks, cost_model, plan.cluster)
+        except InfeasibleError:
+            return None
+        return best_step_time_s([other], others, cost_model, cluster, plan.sync)
+
+    sequences = long_sequences(
+        plan,
+        lengths,
+        cost_model,
+        cluster,
+        count=num_long_sequences,
+        replanned_step_time_s=replanned_step_time_s if with_what_ifs else None,
+    )
+    changed = None
+    if with_what_ifs:
+        changed = what_ifs(
+            plan,
+            lengths,
+            cost_model,
+            time_limit_s=what_if_time_limit_s,
+            node_limit=node_limit,
+            on_progress=on_progress,
+        )
+    explainer = MicroBatchExplainer(plan, lengths, cost_model, cluster, grouping, timed, replanning.method(cost_model))
+    end_s = timed.end_s
     return PlanExplanation(
+        plan_id=plan.plan_id,
+        sync=plan.sync,
         step_time_s=plan.predicted_step_time_s,
         lower_bound_s=plan.lower_bound_s,
         gap=plan.gap,
         outcome=plan.outcome,
-        idle_share_by_rank=tuple(max(0.0, 1 - busy / total_s) if total_s > 0 else 0.0 for busy in busy_s),
-        micro_batches=tuple(_explained(m, lengths, cost_model, plan.num_ranks) for m in plan.micro_batches),
-        alternatives=_alternatives(plan, lengths, cost_model),
+        idle_share_by_rank=tuple(max(0.0, 1 - busy / end_s) if end_s > 0 else 0.0 for busy in timed.busy_by_rank_s),
+        end_by_rank_s=timed.end_by_rank_s,
+        micro_batches=tuple(explainer.explanation(m) for m in range(len(plan.micro_batches))),
+        long_sequences=sequences,
+        what_ifs=() if changed is None else changed.rows,
+        what_if_time_limit_s=what_if_time_limit_s if with_what_ifs and node_limit is None else None,
+        sync_comparison=None if changed is None else changed.sync,
+        alternatives=_alternatives(plan, lengths, cost_model, replanning, progress),
     )
 
 
-def _explained(
-    micro_batch: MicroBatchPlan, lengths: Sequence[int], cost_model: CostModel, num_ranks: int
-) -> MicroBatchExplanation:
-    slowest = max(micro_batch.groups, key=lambda group: group.predicted_time_s)
-    everything = sorted((lengths[i] for group in micro_batch.groups for i in group.sequences), reverse=True)
-    shape = Counter(group.degree for group in micro_batch.groups)
-    used_s = sum(group.degree * group.predicted_time_s for group in micro_batch.groups)
-    offered_s = num_ranks * micro_batch.predicted_time_s
-    return MicroBatchExplanation(
-        shape=tuple(sorted(shape.items(), reverse=True)),
-        num_sequences=len(everything),
-        num_tokens=sum(everything),
-        time_s=micro_batch.predicted_time_s,
-        bottleneck=slowest,
-        parts=_time_parts([lengths[i] for i in slowest.sequences], slowest.degree, cost_model),
-        longest_lengths=tuple(everything[:_NUM_LONGEST]),
-        idle_share=max(0.0, 1 - used_s / offered_s) if offered_s > 0 else 0.0,
-    )
-
-
-def _time_parts(lengths: Sequence[int], degree: int, cost_model: CostModel) -> TimeParts:
-    tokens = sum(lengths)
-    return TimeParts(
-        quadratic_s=cost_model.a1_s_per_token2 * sum(s * s for s in lengths) / degree,
-        linear_s=cost_model.a2_s_per_token * tokens / degree,
-        communication_s=cost_model.communication_s_per_share(degree) * tokens / degree,
-        fixed_s=cost_model.fixed_s(degree),
-    )
-
-
-def _alternatives(plan: StepPlan, lengths: Sequence[int], cost_model: CostModel) -> tuple[Alternative, ...]:
-    methods = {group.attention for m in plan.micro_batches for group in m.groups if group.degree > 1}
-    attention = min(methods) if methods else None
-    method = cost_model.attention if attention is None else attention
+def _alternatives(
+    plan: StepPlan,
+    lengths: Sequence[int],
+    cost_model: CostModel,
+    replanning: Replanning,
+    progress: Callable[[str], None],
+) -> tuple[Alternative, ...]:
+    methods = cost_model.attentions if replanning.attention is None else (replanning.attention,)
     powers = [1 << power for power in range(plan.num_ranks.bit_length())]
-    policies = [f"static:{degree}" for degree in powers if cost_model.allows_degree(degree, attention=method)]
+    allowed = [d for d in powers if any(cost_model.allows_degree(d, attention=name) for name in methods)]
+    policies = [f"static:{degree}" for degree in allowed]
     found = []
     for policy in [*policies, "batch-adaptive"]:
+        progress(policy)
         try:
-            other = plan_step(lengths, plan.num_ranks, cost_model, policy=policy, attention=attention)
-        except InfeasibleError:
-            found.append(Alternative(policy, None))
+            other = replanning.plan(lengths, plan.num_ranks, cost_model, plan.cluster, policy=policy)
+        except InfeasibleError as error:
+            found.append(Alternative(policy, None, str(error)))
         else:
             found.append(Alternative(policy, other.predicted_step_time_s))
     return tuple(found)
-
-
-def _micro_batch_lines(number: int, item: MicroBatchExplanation) -> list[str]:
-    shape = " + ".join(f"{count}x{degree}" for degree, count in item.shape)
-    group, parts = item.bottleneck, item.parts
-    total_s = parts.total_s
-    shares = (
-        ""
-        if total_s <= 0
-        else (
-            f" (quadratic {parts.quadratic_s / total_s:.0%}, linear {parts.linear_s / total_s:.0%}, "
-            f"communication {parts.communication_s / total_s:.0%}, fixed {parts.fixed_s / total_s:.0%})"
-        )
-    )
-    return [
-        f"micro-batch {number}: {item.time_s:.4g} s, groups {shape} (count x degree), {item.num_sequences} sequences, "
-        f"{item.num_tokens} tokens, longest {', '.join(map(str, item.longest_lengths))}, idle {item.idle_share:.1%}",
-        f"  slowest: ranks {group.ranks[0]}-{group.ranks[-1]}, degree {group.degree}, {len(group.sequences)} "
-        f"sequences, {group.num_tokens} tokens; mostly {parts.largest}{shares}",
-    ]

@@ -1,12 +1,12 @@
 """The integer program of one micro-batch: how many sequences of each bucket go to each group that may exist.
 
     minimise C
-    x[q,g] whole, y[g] 0 or 1; for every possible group g of degree d:
+    x[q,g] whole, y[g] 0 or 1; for every possible group g, of degree d:
       sum_g x[q,g] = n_q                              every sequence once
-      sum_q share(q,d)*x[q,g] + fixed(d)*y[g] <= C    time
-      sum_q s_q*x[q,g] <= max_tokens(d)*y[g]          memory
+      sum_q share(q,g)*x[q,g] + fixed(g)*y[g] <= C    time
+      sum_q s_q*x[q,g] <= max_tokens(g)*y[g]          memory
       sum_g d*y[g] <= N                               ranks
-      groups of one degree in descending tokens       breaks the symmetry of identical groups
+      groups of one kind in descending time            breaks the symmetry of identical groups
 
 Times are in units of the incumbent's makespan and tokens in those of a group's capacity, so that solver tolerances
 are relative. Buckets stand for their longest sequence, and results are judged again with the real lengths.
@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from planner.balance import Balanced, relieve
 from planner.buckets import Bucketing, bucket_lengths
 from planner.budget import Budget
 from planner.problem import DraftGroup, DraftMicroBatch, Problem
@@ -56,9 +55,9 @@ class ProgramResult:
 
 @dataclass(frozen=True)
 class Slot:
-    """A group that may exist: its degree and its place among those of that degree."""
+    """A group that may exist: its kind and its place among those of that kind."""
 
-    degree: int
+    kind: int
     place: int
 
 
@@ -98,22 +97,19 @@ def improve_with_program(
     if outcome.objective is None:
         return ProgramResult(incumbent, outcome, outcome.message, proven_s)
     micro_batch = read_solution(outcome.values, bucketing, slots, ids)
-    if micro_batch is None or not _fits(problem, micro_batch):
+    if micro_batch is None or not problem.fits((micro_batch,)):
         return ProgramResult(
             incumbent, outcome, f"{outcome.solver}: solution refused, it breaks a constraint", proven_s
         )
-    shape = tuple(group.degree for group in micro_batch)
-    members = tuple(group.sequences for group in micro_batch)
-    better = relieve(problem, Balanced(shape, members, problem.makespan_s(micro_batch))).draft()
-    if problem.makespan_s(better) >= incumbent_s:
+    if problem.makespan_s(micro_batch) >= incumbent_s:
         return ProgramResult(incumbent, outcome, "", proven_s)
-    return ProgramResult(better, outcome, f"improved by {outcome.solver}", proven_s)
+    return ProgramResult(micro_batch, outcome, f"improved by {outcome.solver}", proven_s)
 
 
 def possible_slots(problem: Problem, num_sequences: int) -> list[Slot]:
-    """Return every group that any shape of the ranks can have: floor(N/d) of each degree, at most one per sequence."""
-    counts = {degree: min(problem.num_ranks // degree, num_sequences) for degree in problem.degrees}
-    return [Slot(degree, place) for degree, count in counts.items() for place in range(count)]
+    """Return every group that any shape of the ranks can have: floor(N/d) of each kind, at most one per sequence."""
+    counts = [min(problem.num_ranks // degree, num_sequences) for degree in problem.degrees]
+    return [Slot(k, place) for k, count in enumerate(counts) for place in range(count)]
 
 
 def build_program(
@@ -128,20 +124,20 @@ def build_program(
     dealt: dict[tuple[int, int], Any] = {}
     for q, bucket in enumerate(bucketing.buckets):
         for g, slot in enumerate(slots):
-            most = min(len(bucket.members), problem.max_tokens[slot.degree] // bucket.length)
+            most = min(len(bucket.members), problem.max_tokens[slot.kind] // bucket.length)
             if most > 0:
                 dealt[q, g] = program.add_variable(_x(q, g), lowBound=0, upBound=most, cat=pulp.LpInteger)
         program += pulp.lpSum(dealt[q, g] for g in range(len(slots)) if (q, g) in dealt) == len(bucket.members)
-    program += pulp.lpSum(slot.degree * exists[g] for g, slot in enumerate(slots)) <= problem.num_ranks
+    program += pulp.lpSum(problem.degrees[s.kind] * exists[g] for g, s in enumerate(slots)) <= problem.num_ranks
     loads: list[Any] = []
     for g, slot in enumerate(slots):
         inside = [(q, dealt[q, g]) for q in range(len(bucketing.buckets)) if (q, g) in dealt]
         lengths = [bucketing.buckets[q].length for q, _ in inside]
-        capacity = problem.max_tokens[slot.degree]
-        seconds = [_share_s(problem, length, slot.degree) / scale_s for length in lengths]
+        capacity = problem.max_tokens[slot.kind]
+        seconds = [_share_s(problem, length, slot.kind) / scale_s for length in lengths]
         time = pulp.lpSum(s * x for s, (_, x) in zip(seconds, inside, strict=True))
         load = pulp.lpSum(length / capacity * x for length, (_, x) in zip(lengths, inside, strict=True))
-        program += time + problem.fixed_s[slot.degree] / scale_s * exists[g] <= makespan
+        program += time + problem.fixed_s[slot.kind] / scale_s * exists[g] <= makespan
         program += load <= exists[g]
         if capacity > 100 * sum(len(b.members) * b.length for b in bucketing.buckets):
             # Memory says next to nothing here; the link between sequences and the group must be its own row.
@@ -167,7 +163,7 @@ def read_solution(
             position += count
         if position != len(bucket.members):
             return None
-    return tuple(DraftGroup(slot.degree, tuple(group)) for slot, group in zip(slots, members, strict=True) if group)
+    return tuple(DraftGroup(slot.kind, tuple(group)) for slot, group in zip(slots, members, strict=True) if group)
 
 
 def _slots_within(problem: Problem, incumbent: DraftMicroBatch, bucketing: Bucketing) -> list[Slot]:
@@ -176,8 +172,8 @@ def _slots_within(problem: Problem, incumbent: DraftMicroBatch, bucketing: Bucke
     slots = possible_slots(problem, num_sequences)
     if len(slots) * len(bucketing.buckets) <= MAX_INTEGERS:
         return slots
-    used = [group.degree for group in incumbent]
-    near = [Slot(s.degree, s.place) for s in slots if s.place < used.count(s.degree) + (2 if s.degree > 1 else 4)]
+    used = [group.kind for group in incumbent]
+    near = [s for s in slots if s.place < used.count(s.kind) + (2 if problem.degrees[s.kind] > 1 else 4)]
     return near if len(near) * len(bucketing.buckets) <= MAX_INTEGERS else []
 
 
@@ -196,39 +192,32 @@ def _start_values(
         counts = [0] * len(bucketing.buckets)
         for i in group.sequences:
             counts[bucket_of[i]] += 1
-        filled.setdefault(group.degree, []).append(counts)
+        filled.setdefault(group.kind, []).append(counts)
     lengths = [bucket.length for bucket in bucketing.buckets]
     start = {_x(q, g): 0.0 for q in range(len(lengths)) for g in range(len(slots))}
     start.update({_y(g): 0.0 for g in range(len(slots))})
     makespan = 0.0
     for g, slot in enumerate(slots):
-        same = sorted(filled.get(slot.degree, []), key=lambda counts: -_load_s(problem, counts, lengths, slot.degree))
+        same = sorted(filled.get(slot.kind, []), key=lambda counts: -_load_s(problem, counts, lengths, slot.kind))
         if slot.place >= len(same):
             continue
         counts = same[slot.place]
-        if sum(n * s for n, s in zip(counts, lengths, strict=True)) > problem.max_tokens[slot.degree]:
+        if sum(n * s for n, s in zip(counts, lengths, strict=True)) > problem.max_tokens[slot.kind]:
             return None
         start[_y(g)] = 1.0
         start.update({_x(q, g): float(n) for q, n in enumerate(counts)})
-        time_s = _load_s(problem, counts, lengths, slot.degree) + problem.fixed_s[slot.degree]
+        time_s = _load_s(problem, counts, lengths, slot.kind) + problem.fixed_s[slot.kind]
         makespan = max(makespan, time_s / scale_s)
     start["C"] = makespan
     return start
 
 
-def _load_s(problem: Problem, counts: Sequence[int], lengths: Sequence[int], degree: int) -> float:
-    return sum(n * _share_s(problem, s, degree) for n, s in zip(counts, lengths, strict=True))
+def _load_s(problem: Problem, counts: Sequence[int], lengths: Sequence[int], kind: int) -> float:
+    return sum(n * _share_s(problem, s, kind) for n, s in zip(counts, lengths, strict=True))
 
 
-def _share_s(problem: Problem, length: int, degree: int) -> float:
-    return problem.cost_model.group_time_s((length,), degree) - problem.fixed_s[degree]
-
-
-def _fits(problem: Problem, micro_batch: DraftMicroBatch) -> bool:
-    ranks = sum(group.degree for group in micro_batch)
-    return ranks <= problem.num_ranks and all(
-        sum(problem.lengths[i] for i in group.sequences) <= problem.max_tokens[group.degree] for group in micro_batch
-    )
+def _share_s(problem: Problem, length: int, kind: int) -> float:
+    return float(problem.cost_model.sequence_times_s((length,), problem.kinds[kind])[0])
 
 
 def _x(bucket: int, group: int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 
-def split_contiguous(lengths: Sequence[int], count: int) -> list[slice]:
+def split_contiguous(lengths: Sequence[int] | np.ndarray, count: int) -> list[slice]:
     """Cut `lengths` into at most `count` contiguous runs with the smallest possible maximum of tokens.
 
     Args:
@@ -21,7 +21,7 @@ def split_contiguous(lengths: Sequence[int], count: int) -> list[slice]:
         Slices that cover every index once, in order, none empty.
     """
     ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
-    low, high = max(int(max(lengths)), -(-int(ends[-1]) // count)), int(ends[-1])
+    low, high = max(int(np.max(lengths)), -(-int(ends[-1]) // count)), int(ends[-1])
     while low < high:
         middle = (low + high) // 2
         if len(_greedy_runs(ends, middle, count)) <= count:

@@ -1,31 +1,38 @@
 """Adaptive planning: several searches, the best draft of all of them, and never a worse one than a single degree.
 
-In order: the exact dynamic program where the batch is tiny; else every homogeneous degree, LPT with hill climbing over
-shapes for several micro-batch counts, then integer programs on the micro-batches of the best draft.
+The exact dynamic program where the batch is tiny. Else every homogeneous degree gives the first draft, at once; then
+simulated annealing in one thread and, in another, a bound by integer programs over time levels and after it more
+annealing; last, integer programs on micro-batches that are small enough. Compiled loops and solvers run without the
+interpreter lock, so threads are enough.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from planner.balance import Balanced, Shape, Shares
+from planner.annealing import AnnealingSearch
 from planner.baselines import batch_adaptive_draft
-from planner.bounds import area_s, step_lower_bound_s
+from planner.bounds import step_lower_bound_s
 from planner.budget import Budget
 from planner.exact import exact_draft, is_tiny
 from planner.integer_program import improve_with_program
-from planner.micro_batches import candidate_counts, split_contiguous
+from planner.level_bound import LevelBound, level_bound
 from planner.problem import Draft, DraftMicroBatch, Problem
-from planner.shape_search import climb, filled_shape, polish
+from planner.search_tables import SearchTables
 
 # A draft this close to the bound of its micro-batches is left alone by the integer program.
 _GOOD_ENOUGH = 1e-3
-# More micro-batches than memory forces cost their fixed time and seldom pay.
-_MAX_COUNTS = 4
-_NUM_CLIMBS = 3
-_SOLVER_PATIENCE = 3
-# With so few degrees every one is tried in every climb.
-_FEW_DEGREES = 12
+# Shares of the time limit: one annealing run, the bound, and the integer programs at the end.
+_RUN_SHARE = 0.08
+_BOUND_SHARE = 0.45
+_PROGRAM_SHARE = 0.05
+_SHORTEST_RUN_S = 0.02
+# Annealing runs of each of the two searches where no clock counts.
+_COUNTED_RUNS = 6
+# A better draft is worth telling the caller from here on.
+_WORTH_TELLING = 0.995
 
 
 @dataclass(frozen=True)
@@ -45,153 +52,172 @@ class SearchResult:
     lower_bound_s: float = 0.0
 
 
-def adaptive_search(problem: Problem, budget: Budget, solvers: tuple[str, ...]) -> SearchResult:
+def adaptive_search(
+    problem: Problem,
+    budget: Budget,
+    solvers: tuple[str, ...],
+    *,
+    num_threads: int = 2,
+    on_better: Callable[[SearchResult], None] | None = None,
+) -> SearchResult:
     """Return the best draft that the portfolio finds within `budget`.
 
     The homogeneous degrees are always tried to the end, whatever the budget: they are the floor.
+
+    Args:
+        problem: The batch, under per-layer; the longest sequence fits some kind.
+        budget: Limits.
+        solvers: In order of preference.
+        num_threads: 1 or 2; with a node limit the answer does not depend on it.
+        on_better: Called with the first draft and with clearly better ones, by this thread.
     """
     if is_tiny(problem):
-        return SearchResult(exact_draft(problem), True, "exact: every micro-batch split, shape and assignment")
-    return search_beyond_tiny(problem, budget, solvers)
+        draft = exact_draft(problem)
+        if problem.fits(draft):
+            return SearchResult(draft, True, "exact: every micro-batch split, shape and assignment")
+        # The dynamic program ignores where groups can be placed: its draft only bounds those that can.
+        found = search_beyond_tiny(problem, budget, solvers, num_threads=num_threads, on_better=on_better)
+        bound_s = max(found.lower_bound_s, problem.step_time_s(draft) * (1 - 1e-12))
+        return SearchResult(found.draft, False, found.reason, bound_s)
+    return search_beyond_tiny(problem, budget, solvers, num_threads=num_threads, on_better=on_better)
 
 
-def search_beyond_tiny(problem: Problem, budget: Budget, solvers: tuple[str, ...]) -> SearchResult:
-    """Return the best draft of baselines, hill climbing and integer programs, for batches of any size.
-
-    The longest sequence must fit some degree.
-    """
-    best = batch_adaptive_draft(problem)
-    best_s = problem.step_time_s(best)
-    reason = f"homogeneous degree {best[0][0].degree}"
-    climbed = _climb_counts(problem, best_s, budget)
-    for climbs in climbed:
-        step_time_s = problem.step_time_s(_draft(climbs))
-        if step_time_s < best_s:
-            best, best_s = _draft(climbs), step_time_s
-            reason = f"LPT and hill climbing over group shapes, {len(climbs)} micro-batches"
-    for climbs in climbed:
-        polished = _draft(_polished(problem, climbs, budget))
-        step_time_s = problem.step_time_s(polished)
-        if step_time_s < best_s:
-            best, best_s = polished, step_time_s
-            reason = f"LPT and hill climbing over group shapes, {len(climbs)} micro-batches"
-    programs = _programmed(problem, best, budget, solvers)
-    bound_s = 0.0
-    if len(best) == 1:
-        # Either all sequences share one micro-batch, which the program bounds, or there are at least two.
-        bound_s = min(programs.bound_s + problem.cost_model.fixed_step_s, step_lower_bound_s(problem, 2))
-    return SearchResult(programs.draft, False, "; ".join([reason, *programs.notes]), bound_s)
+def search_beyond_tiny(
+    problem: Problem,
+    budget: Budget,
+    solvers: tuple[str, ...],
+    *,
+    num_threads: int = 2,
+    on_better: Callable[[SearchResult], None] | None = None,
+) -> SearchResult:
+    """Return the best draft of baselines, annealing and integer programs, for batches of any size."""
+    tables = SearchTables.of(problem)
+    baseline = batch_adaptive_draft(problem, tables)
+    degree = problem.degrees[baseline[0][0].kind]
+    first = SearchResult(baseline, False, f"homogeneous degree {degree}")
+    if on_better is not None:
+        on_better(first)
+    if budget.expired():
+        return first
+    portfolio = _Portfolio(problem, tables, budget, solvers, first, on_better)
+    return portfolio.counted() if budget.node_limit is not None else portfolio.timed(num_threads)
 
 
-@dataclass(frozen=True)
-class _Programs:
-    """What the integer programs made of a draft; `bound_s` is the sum of their bounds, each for its own sequences."""
+class _Portfolio:
+    """The searches of one call and what they share."""
 
-    draft: Draft
-    notes: list[str]
-    bound_s: float
+    def __init__(
+        self,
+        problem: Problem,
+        tables: SearchTables,
+        budget: Budget,
+        solvers: tuple[str, ...],
+        first: SearchResult,
+        on_better: Callable[[SearchResult], None] | None,
+    ) -> None:
+        self.problem = problem
+        self.budget = budget
+        self.solvers = solvers
+        self.first = first
+        self.on_better = on_better
+        self.told_s = problem.step_time_s(first.draft)
+        self.searches = [AnnealingSearch(problem, tables, budget, budget.seed * 2 + n) for n in range(2)]
+        for search in self.searches:
+            search.offer(first.draft)
 
+    def counted(self) -> SearchResult:
+        """Search for a fixed number of steps: the same answer on every machine."""
+        for search in self.searches:
+            for _ in range(_COUNTED_RUNS):
+                search.run(0.0)
+        best = self._best()
+        bound = level_bound(self.problem, best.draft, self.budget, self.solvers, None) if self.solvers else None
+        return self._finished(best, bound)
 
-def _climb_counts(problem: Problem, best_s: float, budget: Budget) -> list[list[Balanced]]:
-    """Return the climbs of several micro-batch counts, the fastest first."""
-    floor_s = area_s(problem) + problem.cost_model.fixed_step_s
-    climbed: list[list[Balanced]] = []
-    for count in candidate_counts(problem.min_micro_batches, len(problem.lengths), num_tried=6):
-        too_many = count * problem.cost_model.b1_s + floor_s >= best_s
-        if len(climbed) >= _MAX_COUNTS or too_many or budget.expired():
-            break
-        climbs = _climbed(problem, count, budget)
-        if climbs is not None:
-            climbed.append(climbs)
-            best_s = min(best_s, problem.step_time_s(_draft(climbs)))
-    return sorted(climbed, key=lambda climbs: problem.step_time_s(_draft(climbs)))
+    def timed(self, num_threads: int) -> SearchResult:
+        """Search until the deadline."""
+        left_s = self.budget.left_s() or 0.0
+        run_s = max(_SHORTEST_RUN_S, _RUN_SHARE * left_s)
+        reserve_s = _PROGRAM_SHARE * left_s if self.solvers else 0.0
+        anneal_until_s = self.budget.deadline_s - reserve_s
+        bound: LevelBound | None = None
+        if num_threads > 1:
+            with ThreadPoolExecutor(1, thread_name_prefix="planner-bound") as executor:
+                beside = executor.submit(self._beside, run_s, left_s * _BOUND_SHARE, anneal_until_s)
+                self._anneal(self.searches[0], run_s, anneal_until_s, telling=True)
+                bound = beside.result()
+        else:
+            self._anneal(self.searches[0], run_s, anneal_until_s - left_s * _BOUND_SHARE * 0.6, telling=True)
+            bound = self._bound(self.searches[0], left_s * _BOUND_SHARE * 0.6)
+        return self._finished(self._best(), bound)
 
+    def _beside(self, run_s: float, bound_s: float, until_s: float) -> LevelBound | None:
+        search = self.searches[1]
+        search.run(run_s)
+        bound = self._bound(search, bound_s)
+        self._anneal(search, run_s, until_s, telling=False)
+        return bound
 
-def _climbed(problem: Problem, count: int, budget: Budget) -> list[Balanced] | None:
-    order = problem.descending
-    climbs: list[Balanced] = []
-    for run in split_contiguous([problem.lengths[i] for i in order], count):
-        ids = order[run]
-        # Neighbours in length want similar shapes, so the last answer is a good start; the homogeneous ones are safe.
-        starts = [climbs[-1].shape] if climbs else []
-        found = climb(
-            problem,
-            Shares(problem, ids),
-            starts + _homogeneous_starts(problem, ids),
-            budget.expired,
-            degrees=_coarse_degrees(problem),
-        )
-        if found is None:
+    def _bound(self, search: AnnealingSearch, limit_s: float) -> LevelBound | None:
+        if not self.solvers or self.budget.expired() or search.best is None:
             return None
-        climbs.append(found)
-    return climbs
+        return level_bound(self.problem, search.draft_of(search.best), self.budget, self.solvers, limit_s)
 
+    def _anneal(self, search: AnnealingSearch, run_s: float, until_s: float, *, telling: bool) -> None:
+        while (left_s := until_s - self.budget.clock()) > 0:
+            search.run(min(run_s, left_s))
+            if telling and self.on_better is not None:
+                total_s = search.best_s + self.problem.step_fixed_s
+                if total_s < self.told_s * _WORTH_TELLING:
+                    self.told_s = total_s
+                    self.on_better(self._best())
 
-def _polished(problem: Problem, climbs: list[Balanced], budget: Budget) -> list[Balanced]:
-    polished: list[Balanced] = []
-    for best in climbs:
-        if budget.expired():
-            polished.append(best)
-            continue
-        ids = tuple(sorted((i for group in best.members for i in group), key=lambda i: (-problem.lengths[i], i)))
-        shares = Shares(problem, ids)
-        others = climb(
-            problem,
-            shares,
-            _homogeneous_starts(problem, ids),
-            budget.expired,
-            degrees=_coarse_degrees(problem),
-            num_climbs=_NUM_CLIMBS,
-        )
-        if others is not None and others.makespan_s < best.makespan_s:
-            best = others
-        polished.append(polish(problem, shares, best, budget.expired))
-    return polished
+    def _best(self) -> SearchResult:
+        best, best_s = self.first, self.problem.step_time_s(self.first.draft)
+        for search in self.searches:
+            if search.best is None:
+                continue
+            draft = search.draft_of(search.best)
+            step_time_s = self.problem.step_time_s(draft)
+            if step_time_s < best_s and self.problem.fits(draft):
+                best, best_s = SearchResult(draft, False, f"annealing, {len(draft)} micro-batches"), step_time_s
+        return best
 
+    def _finished(self, best: SearchResult, bound: LevelBound | None) -> SearchResult:
+        draft, notes, program_bound_s = self._programmed(best.draft)
+        bound_s = bound.bound_s if bound is not None else 0.0
+        if bound is not None and bound.note:
+            notes = [*notes, f"bound: {bound.note}"]
+        if len(draft) == 1:
+            # Either all sequences share one micro-batch, which the program bounds, or there are at least two.
+            two_s = step_lower_bound_s(self.problem, 2)
+            bound_s = max(bound_s, min(program_bound_s + self.problem.step_fixed_s, two_s))
+        return SearchResult(draft, False, "; ".join(dict.fromkeys([best.reason, *notes])), bound_s)
 
-def _draft(balanced: list[Balanced]) -> Draft:
-    return tuple(item.draft() for item in balanced)
-
-
-def _homogeneous_starts(problem: Problem, ids: tuple[int, ...]) -> list[Shape]:
-    num_ranks, degrees = problem.num_ranks, _coarse_degrees(problem)
-    longest = max(problem.lengths[i] for i in ids)
-    fitting = [degree for degree in degrees if problem.max_tokens[degree] >= longest] or [problem.degrees[-1]]
-    return [filled_shape((degree,) * (num_ranks // degree), num_ranks, degrees) for degree in fitting]
-
-
-def _coarse_degrees(problem: Problem) -> tuple[int, ...]:
-    """Return a few of many allowed degrees, for the first climbs; polishing uses all of them."""
-    degrees = problem.degrees
-    if len(degrees) <= _FEW_DEGREES:
-        return degrees
-    return tuple(degree for degree in degrees if degree & (degree - 1) == 0 or degree == degrees[-1])
-
-
-def _programmed(problem: Problem, draft: Draft, budget: Budget, solvers: tuple[str, ...]) -> _Programs:
-    micro_batches = list(draft)
-    fixed_step_s = problem.cost_model.fixed_step_s
-    bounds = [step_lower_bound_s(_part(problem, micro_batch)) - fixed_step_s for micro_batch in micro_batches]
-    slack_s = [problem.makespan_s(m) - bound for m, bound in zip(micro_batches, bounds, strict=True)]
-    promising = [i for i in range(len(draft)) if slack_s[i] > _GOOD_ENOUGH * bounds[i]]
-    promising.sort(key=lambda i: (-slack_s[i], i))
-    notes: list[str] = []
-    for place, index in enumerate(promising):
-        if budget.expired() or not solvers:
-            break
-        left_s = budget.left_s()
-        # Easy programs end early; a hard one must not keep the caller waiting for a gain that seldom comes.
-        share_s = None if left_s is None else left_s / (len(promising) - place + _SOLVER_PATIENCE)
-        result = improve_with_program(problem, micro_batches[index], bounds[index], share_s, budget, solvers)
-        micro_batches[index] = result.micro_batch
-        bounds[index] = max(bounds[index], result.bound_s)
-        if result.note and result.note not in notes:
-            notes.append(result.note)
-    improved = tuple(micro_batches)
-    better = improved if problem.step_time_s(improved) < problem.step_time_s(draft) else draft
-    return _Programs(better, notes, sum(bounds))
+    def _programmed(self, draft: Draft) -> tuple[Draft, list[str], float]:
+        """Return the draft after integer programs on its micro-batches, notes, and the sum of their bounds."""
+        problem, budget = self.problem, self.budget
+        micro_batches = list(draft)
+        bounds = [step_lower_bound_s(_part(problem, m)) - problem.step_fixed_s for m in micro_batches]
+        slack_s = [problem.makespan_s(m) - bound for m, bound in zip(micro_batches, bounds, strict=True)]
+        promising = [i for i in range(len(draft)) if slack_s[i] > _GOOD_ENOUGH * bounds[i]]
+        promising.sort(key=lambda i: (len([s for g in micro_batches[i] for s in g.sequences]), -slack_s[i], i))
+        notes: list[str] = []
+        for place, index in enumerate(promising):
+            if budget.expired() or not self.solvers:
+                break
+            left_s = budget.left_s()
+            share_s = None if left_s is None else left_s / (len(promising) - place)
+            result = improve_with_program(problem, micro_batches[index], bounds[index], share_s, budget, self.solvers)
+            micro_batches[index] = result.micro_batch
+            bounds[index] = max(bounds[index], result.bound_s)
+            if result.note and result.note not in notes:
+                notes.append(result.note)
+        improved = tuple(micro_batches)
+        better = improved if problem.step_time_s(improved) < problem.step_time_s(draft) else draft
+        return better, notes, sum(bounds)
 
 
 def _part(problem: Problem, micro_batch: DraftMicroBatch) -> Problem:
     lengths = tuple(problem.lengths[i] for group in micro_batch for i in group.sequences)
-    return Problem(lengths, problem.num_ranks, problem.cost_model, problem.attention, problem.degrees)
+    return Problem(lengths, problem.cluster, problem.cost_model, problem.kinds, problem.sync)

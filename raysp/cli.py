@@ -102,12 +102,29 @@ def explain(
     lengths: LengthsFile,
     preset: Preset = None,
     cost_model: CostModelFile = None,
+    what_if: Annotated[
+        bool, typer.Option("--what-if/--no-what-if", help="Plan again with more memory, faster links, other nodes ...")
+    ] = True,
+    what_if_time_limit_s: Annotated[
+        float, typer.Option(min=0.0, help="Seconds of search of each of about a dozen plans.")
+    ] = 1.0,
+    node_limit: Annotated[
+        int | None, typer.Option(min=1, help="Search nodes in place of the time limit; the same rows everywhere.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what bounds a plan, who waits, and what other plans would take."""
-    from raysp.commands import plan as command
+    """Say what bounds a plan, what long sequences cost, and what more memory, links or nodes would change."""
+    from raysp.commands import explain as command
+    from raysp.commands.plan import read_cost_model
 
-    command.explain(plan_file, lengths, command.read_cost_model(preset, cost_model), as_json=as_json)
+    command.explain(
+        plan_file,
+        lengths,
+        read_cost_model(preset, cost_model),
+        what_if_time_limit_s=what_if_time_limit_s if what_if else None,
+        node_limit=node_limit,
+        as_json=as_json,
+    )
 
 
 @app.command(rich_help_panel=_PLAN)

@@ -123,6 +123,13 @@ class PlannerConfig(_Section):
     deadline_s: PositiveFloat | None = Field(
         None, description="Seconds that a step waits for its plan before the best plan so far is used; default: none."
     )
+    recompute: Literal["fixed", "per-group"] = Field(
+        "fixed",
+        description="'per-group': calibration measures both settings of train.recompute, and plans choose for each group.",
+    )
+    refit: bool = Field(
+        False, description="Rescale the cost model to the measured times of the run's own groups while it trains."
+    )
 
     @field_validator("memory_limit_bytes", mode="before")
     @classmethod

@@ -1,7 +1,9 @@
 """Measuring the cost model on the very workers that will train.
 
 Every group of a probe gets the same lengths, so all ranks are as busy as in a real micro-batch; the sequences are
-pieces of the corpus. Times are of one forward and backward pass, sharded layers included.
+pieces of the corpus. Times are of one forward and backward pass under ``planner.sync``: with ``per-layer`` they hold the
+traffic of sharded parameters that compute does not hide, with ``per-step`` that traffic is in ``fixed_step_s``. So
+``zero_traffic_s`` stays 0, and a cost model measured under one sync is not used for the other.
 """
 
 from __future__ import annotations
@@ -20,26 +22,34 @@ from raysp.cluster.worker_group import WorkerGroup
 from raysp.config import Config
 from raysp.data.dataset import TokenDataset
 from raysp.errors import InputError
+from raysp.train.gradient_sync import unsharded_state_bytes
 from raysp.train.session import ModelSize
-from raysp.train.work import GroupWork, StepResult, StepWork
+from raysp.train.work import DEFAULT_RECOMPUTE, RECOMPUTE_POLICIES, GroupWork, StepResult, StepWork
 
 # Measurements longer than this are not repeated: their noise is small beside them.
 _LONG_RUN_S = 1.0
 _TIMEOUT_S = 900.0
+# Short enough that what a sequence costs as such shows beside its tokens.
+_SHORTEST_TOKENS = 32
+_MAX_SEQUENCES = 512
 # parameters + gradients + two AdamW moments, in fp32 or fp64
 _STATE_COPIES = 4
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The lengths that every group of ``degree`` gets in one measurement."""
+    """The lengths that every group of ``degree`` gets in one measurement, and the recompute policy that it runs."""
 
     degree: int
     lengths: tuple[int, ...]
+    recompute: str = DEFAULT_RECOMPUTE
 
 
 def plan_probes(*, num_ranks: int, longest: int, max_tokens_per_rank: float) -> list[Probe]:
     """Choose what to measure: per degree one long, one middling, and many short sequences. Pure.
+
+    At degree 1 the same tokens also come in very many very short sequences: without that, what a sequence costs however
+    short it is (``per_sequence_s``) would be taken for a cost of its tokens.
 
     Args:
         num_ranks: Workers; degrees are the powers of two up to it.
@@ -58,8 +68,54 @@ def plan_probes(*, num_ranks: int, longest: int, max_tokens_per_rank: float) -> 
             Probe(degree, (max(1, capacity // 2), max(1, capacity // 8))),
             Probe(degree, (capacity,)),
         ]
+        if degree == 1:
+            shortest = max(1, min(_SHORTEST_TOKENS, capacity // 64))
+            count = max(1, min(_MAX_SEQUENCES, capacity // 2 // shortest))
+            probes += [Probe(1, (shortest,) * count), Probe(1, (2 * shortest,) * max(1, count // 4))]
         degree *= 2
     return list(dict.fromkeys(probes))
+
+
+def recompute_probes(
+    policy: str, *, degrees: list[int], longest: int, max_tokens_per_rank: float, num_measured: int = 2
+) -> list[Probe]:
+    """Choose what to measure of a further recompute policy, whose factors are all that is unknown. Pure.
+
+    Args:
+        policy: Its name.
+        degrees: Those that were measured with the default policy.
+        longest: Longest sequence of the corpus, tokens.
+        max_tokens_per_rank: No rank is given more.
+        num_measured: Degrees to measure, from the smallest on.
+    """
+    probes = []
+    for degree in sorted(degrees)[:num_measured]:
+        capacity = int(max(degree, min(longest, max_tokens_per_rank * degree)))
+        probes += [Probe(degree, (max(degree, capacity // 2),), policy), Probe(degree, (capacity,), policy)]
+    return list(dict.fromkeys(probes))
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a rank holds, in bytes.
+
+    Attributes:
+        limit: What it may use.
+        states_total: Parameters, gradients and optimizer state over all ranks.
+        fixed: Of every rank, beyond its share of the states.
+        unsharded: Of every rank under per-step, beyond these.
+        per_token: By recompute policy, activations of a token on the rank that holds it.
+    """
+
+    limit: float
+    states_total: float
+    fixed: float
+    unsharded: float
+    per_token: dict[str, float]
+
+    def known(self, num_ranks: int, sync: str) -> float:
+        """Bytes of a rank before any token."""
+        return self.states_total / num_ranks + self.fixed + (self.unsharded if sync == "per-step" else 0.0)
 
 
 def calibrate(
@@ -85,65 +141,71 @@ def calibrate(
         planner.CalibrationError: The measurements do not fit the model.
         InputError: Not even one token fits the memory limit.
     """
-    size = workers.infos[0].model_size
-    limit_bytes = memory_limit_bytes(config, workers)
+    size, sync = workers.infos[0].model_size, config.planner.sync
     longest_id = int(np.argmax(dataset.sequence_lengths))
     longest = int(dataset.sequence_lengths[longest_id])
-    bytes_per_token = _bytes_per_token(workers, longest_id, longest)
-    state_bytes = float(size.num_parameters * _STATE_COPIES * (8 if config.train.dtype == "fp64" else 4))
-    # Unsharded while in use: the embedding, the head and two layers (the next is fetched while one computes), as
-    # parameters and as gradients.
-    fixed_bytes = float(2 * (size.num_embedding_parameters * 2 + size.largest_layer_parameters * 2) * 4)
-    free_bytes = limit_bytes - state_bytes / workers.size - fixed_bytes
-    if free_bytes < bytes_per_token:
-        raise InputError(
-            f"the model states need {(state_bytes / workers.size + fixed_bytes) / 2**20:.0f} MiB per rank, the limit is "
-            f"{limit_bytes / 2**20:.0f} MiB; expected room for tokens. Raise planner.memory_limit_bytes or add workers."
-        )
+    memory = _memory(workers, config, longest_id, longest)
+    known_bytes = memory.known(workers.size, sync)
+    tokens_per_rank = {
+        policy: min((memory.limit - known_bytes) / bytes_per_token, longest / 2)
+        for policy, bytes_per_token in memory.per_token.items()
+    }
     probes = plan_probes(
-        num_ranks=workers.size, longest=longest, max_tokens_per_rank=min(free_bytes / bytes_per_token, longest / 2)
+        num_ranks=workers.size, longest=longest, max_tokens_per_rank=tokens_per_rank[DEFAULT_RECOMPUTE]
     )
-    degrees = [degree for degree in dict.fromkeys(probe.degree for probe in probes) if degree > 1]
-    method = attention_method(config, num_heads=size.num_heads, num_kv_heads=size.num_kv_heads, degrees=degrees)
+    degrees = list(dict.fromkeys(probe.degree for probe in probes))
+    method = attention_method(
+        config, num_heads=size.num_heads, num_kv_heads=size.num_kv_heads, degrees=[d for d in degrees if d > 1]
+    )
     if method == "ulysses":
         heads = ulysses_heads(size.num_heads, size.num_kv_heads)
-        probes = [probe for probe in probes if heads % probe.degree == 0]
+        degrees = [degree for degree in degrees if heads % degree == 0]
+    probes = [probe for probe in probes if probe.degree in degrees]
+    for policy in sorted(set(memory.per_token) - {DEFAULT_RECOMPUTE}):
+        probes += recompute_probes(
+            policy, degrees=degrees, longest=longest, max_tokens_per_rank=tokens_per_rank[policy]
+        )
     samples = []
     fixed_step_s = []
-    warmed_up: set[int] = set()
+    warmed_up: set[tuple[int, str]] = set()
     for index, probe in enumerate(probes):
         on_progress(index, len(probes))
-        work = _probe_work(probe, workers.size, method, dataset, longest_id)
-        if probe.degree not in warmed_up:  # the first pass makes communicators and loads kernels
+        work = _probe_work(probe, workers.size, method, longest_id, sync)
+        if (probe.degree, probe.recompute) not in warmed_up:  # the first makes communicators and loads kernels
             _run(workers, work, update=True)
-            warmed_up.add(probe.degree)
+            warmed_up.add((probe.degree, probe.recompute))
         runs = [_run(workers, work, update=True)]
         if _slowest_s(runs[0]) < _LONG_RUN_S:
             runs.append(_run(workers, work, update=True))
-        peak_bytes = max(result.peak_memory_bytes for run in runs for result in run)
         samples.append(
             Sample(
                 lengths=probe.lengths,
                 degree=probe.degree,
                 time_s=min(_slowest_s(run) for run in runs),
-                memory_bytes=peak_bytes or None,
+                memory_bytes=_sample_bytes(probe, runs, memory, workers.size, sync),
+                attention=method if probe.degree > 1 else None,
+                recompute=probe.recompute,
             )
         )
-        fixed_step_s.append(max(result.step_time_s - result.micro_batch_times_s[0] for result in runs[-1]))
+        # The slowest rank's: under per-step the others wait for it outside of their micro-batches.
+        fixed_step_s.append(max(result.step_time_s for result in runs[-1]) - _slowest_s(runs[-1]))
     on_progress(len(probes), len(probes))
+    has_peaks = any(sample.memory_bytes for sample in samples if sample.recompute == DEFAULT_RECOMPUTE)
     return fit_cost_model(
         samples,
         name=name,
         num_ranks=workers.size,
-        model_state_bytes_total=state_bytes,
-        model_state_bytes_fixed=fixed_bytes,
-        memory_limit_bytes=limit_bytes,
+        model_state_bytes_total=memory.states_total,
+        model_state_bytes_fixed=memory.fixed,
+        memory_limit_bytes=memory.limit,
         # Where the device records its peak, that is fitted; elsewhere what autograd keeps has to do.
-        bytes_per_token=None if samples[0].memory_bytes else bytes_per_token,
+        bytes_per_token=None if has_peaks else memory.per_token[DEFAULT_RECOMPUTE],
         max_mean_relative_error=max_mean_relative_error,
-        fixed_step_s=statistics.median(fixed_step_s),
+        fixed_step_s=max(0.0, statistics.median(fixed_step_s)),
         attention=method,
         num_heads=ulysses_heads(size.num_heads, size.num_kv_heads),
+        num_kv_heads=size.num_kv_heads,
+        unsharded_state_bytes=memory.unsharded,
         metadata={"measured_for": cost_model_key(config, workers)},
     )
 
@@ -162,6 +224,8 @@ def cost_model_key(config: Config, workers: WorkerGroup) -> dict[str, Any]:
         "cpus_per_worker": config.cluster.cpus_per_worker,
         "dtype": config.train.dtype,
         "recompute": config.train.recompute,
+        "sync": config.planner.sync,
+        "recompute_choice": config.planner.recompute,
         "attention_method": config.attention.method,
         "attention_kernel": config.attention.kernel,
         "memory_limit_bytes": memory_limit_bytes(config, workers),
@@ -188,7 +252,50 @@ def model_flops(size: ModelSize, lengths: tuple[int, ...]) -> float:
     return 6.0 * matrix_parameters * sum(lengths) + 6.0 * size.num_layers * size.num_heads * size.head_dim * squares
 
 
-def _probe_work(probe: Probe, num_ranks: int, method: str, dataset: TokenDataset, longest_id: int) -> list[StepWork]:
+def _memory(workers: WorkerGroup, config: Config, longest_id: int, longest: int) -> _Memory:
+    """Sizes of the model's states by counting, those of activations by measuring.
+
+    Raises:
+        InputError: Not even one token fits the limit.
+    """
+    size, sync = workers.infos[0].model_size, config.planner.sync
+    policies = [DEFAULT_RECOMPUTE]
+    if config.planner.recompute == "per-group":
+        policies += [policy for policy in RECOMPUTE_POLICIES if policy != config.train.recompute]
+    memory = _Memory(
+        limit=memory_limit_bytes(config, workers),
+        states_total=float(size.num_parameters * _STATE_COPIES * (8 if config.train.dtype == "fp64" else 4)),
+        # Unsharded while in use: the embedding, the head and two layers (the next is fetched while one computes), as
+        # parameters and as gradients; under per-step, the buffers in which as much is gathered and reduced.
+        fixed=float(2 * (size.num_embedding_parameters * 2 + size.largest_layer_parameters * 2) * 4),
+        unsharded=unsharded_state_bytes(size.num_parameters, config.train.dtype),
+        per_token={policy: _bytes_per_token(workers, longest_id, longest, policy) for policy in policies},
+    )
+    known_bytes = memory.known(workers.size, sync)
+    if memory.limit - known_bytes < max(memory.per_token.values()):
+        hint = ", use planner.sync = 'per-layer'" if sync == "per-step" else ""
+        raise InputError(
+            f"the model states need {known_bytes / 2**20:.0f} MiB per rank, the limit is "
+            f"{memory.limit / 2**20:.0f} MiB; expected room for tokens. Raise planner.memory_limit_bytes{hint} or add "
+            "workers."
+        )
+    return memory
+
+
+def _sample_bytes(
+    probe: Probe, runs: list[list[StepResult]], memory: _Memory, num_ranks: int, sync: str
+) -> float | None:
+    """Peak of a rank as the cost model's per-layer formula has it; counted for further policies where none is recorded."""
+    peak_bytes = max(result.peak_memory_bytes for run in runs for result in run)
+    if peak_bytes:
+        return max(0.0, peak_bytes - (memory.unsharded if sync == "per-step" else 0.0))
+    if probe.recompute == DEFAULT_RECOMPUTE:
+        return None
+    num_tokens = sum(probe.lengths) / probe.degree
+    return memory.known(num_ranks, "per-layer") + memory.per_token[probe.recompute] * num_tokens
+
+
+def _probe_work(probe: Probe, num_ranks: int, method: str, longest_id: int, sync: str) -> list[StepWork]:
     """The probe's work by rank; every sequence is a beginning of the longest one, so its tokens are real."""
     parts = []
     groups = num_ranks // probe.degree
@@ -199,8 +306,9 @@ def _probe_work(probe: Probe, num_ranks: int, method: str, dataset: TokenDataset
             attention=method if probe.degree > 1 else "local",
             sequence_ids=(longest_id,) * len(probe.lengths),
             lengths=probe.lengths,
+            recompute=probe.recompute,
         )
-        parts.append(StepWork(step=0, micro_batches=(work if group < groups else None,)))
+        parts.append(StepWork(step=0, micro_batches=(work if group < groups else None,), sync=sync))
     return parts
 
 
@@ -212,13 +320,13 @@ def _run(workers: WorkerGroup, work: list[StepWork], *, update: bool) -> list[St
     return workers.call("run_step", [(part, update) for part in work], timeout_s=_TIMEOUT_S, what="the calibration")
 
 
-def _bytes_per_token(workers: WorkerGroup, longest_id: int, longest: int) -> float:
+def _bytes_per_token(workers: WorkerGroup, longest_id: int, longest: int, recompute: str) -> float:
     """Slope of what autograd keeps between two lengths; the intercept is not the tokens' doing."""
     lengths = sorted({max(1, min(longest, 1024) // 2), min(longest, 1024)})
     measured = []
     for length in lengths:
         work = [
-            GroupWork(ranks=(rank,), attention="local", sequence_ids=(longest_id,), lengths=(length,))
+            GroupWork((rank,), "local", sequence_ids=(longest_id,), lengths=(length,), recompute=recompute)
             for rank in range(workers.size)
         ]
         measured.append(

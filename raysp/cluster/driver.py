@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import planner
@@ -28,6 +28,7 @@ from raysp.cluster.run_inputs import (
     read_inputs,
     smallest_static_policy,
 )
+from raysp.cluster.run_watch import RunWatch, group_samples, measured_group_times_s
 from raysp.cluster.stop_signal import StopSignal
 from raysp.cluster.worker_group import WorkerGroup
 from raysp.config import Config
@@ -36,7 +37,9 @@ from raysp.errors import Interrupted, NonFiniteLossError
 from raysp.tracking.events import (
     BatchCompared,
     CheckpointSaved,
+    CostModelRefitted,
     Event,
+    LengthsDrifted,
     MicroBatchFinished,
     PhaseProgressed,
     PhaseStarted,
@@ -176,7 +179,7 @@ class _Run:
     def _resolve_cost_model(self) -> CostModel:
         size = self._workers.infos[0].model_size
         if self._inputs.cost_model is not None:
-            return for_model(self._inputs.cost_model, self._config, size.num_heads, size.num_kv_heads)
+            return for_model(self._inputs.cost_model, self._config, size)
         cached = Path(self._config.checkpoint.dir) / "cost_model.json" if self._config.checkpoint.dir else None
         if cached is not None and cached.is_file():
             try:
@@ -240,20 +243,24 @@ class _Run:
 
     def _train(self) -> None:
         config = self._config
-        with PlanAhead(
-            self._inputs.loader,
-            config=config.planner,
-            cost_model=self._cost_model,
-            num_ranks=self._workers.size,
-            seed=config.train.seed,
-            first_step=self._done_steps,
-            num_steps=config.train.num_steps,
-            cursor=self._cursor,
-        ) as steps:
+        with (
+            PlanAhead(
+                self._inputs.loader,
+                config=config.planner,
+                cost_model=self._cost_model,
+                num_ranks=self._workers.size,
+                seed=config.train.seed,
+                first_step=self._done_steps,
+                num_steps=config.train.num_steps,
+                cursor=self._cursor,
+            ) as steps,
+            RunWatch(self._cost_model, sync=config.planner.sync, refit=config.planner.refit) as watch,
+        ):
             for planned in steps:
                 if self._stop.requested:
                     return
-                self._step(planned)
+                self._step(planned, watch)
+                self._use_refit(watch, steps)
                 if self._stop.requested:
                     return
                 done, train_config = self._done_steps, config.train
@@ -267,8 +274,10 @@ class _Run:
                 ):
                     self._save()
 
-    def _step(self, planned: PlannedStep) -> None:
+    def _step(self, planned: PlannedStep, watch: RunWatch) -> None:
+        is_first_call = self._is_first_call
         start_s = time.perf_counter()
+        watch.begin_batch(planned.batch.lengths)
         results = self._run_plan(planned, update=True)
         wall_s = time.perf_counter() - start_s
         if not all(result.updated for result in results):
@@ -278,9 +287,30 @@ class _Run:
         self._last_loss = results[0].loss
         self._num_tokens += planned.batch.num_tokens
         self._train_time_s += wall_s
-        event = self._step_event(planned, results, wall_s)
-        self._recorder.handle(event)
+        length_drift, drift_text = watch.drift()
+        self._recorder.handle(replace(self._step_event(planned, results, wall_s), length_drift=length_drift))
+        if drift_text is not None:
+            self._recorder.handle(LengthsDrifted(step=planned.step + 1, text=drift_text))
         self._recorder.log_plan(planned.step + 1, planned.plan.to_json())
+        if not is_first_call:  # which makes communicators and loads kernels
+            watch.observe_groups(group_samples(planned.plan, planned.batch.lengths, results))
+
+    def _use_refit(self, watch: RunWatch, steps: PlanAhead) -> None:
+        """Plan with a rescaled cost model from here on; the file that a resumed run reads stays as measured."""
+        refitted = watch.take_refit()
+        if refitted is None:
+            return
+        self._cost_model = refitted.cost_model
+        steps.use_cost_model(refitted.cost_model)
+        self._recorder.handle(
+            CostModelRefitted(
+                step=self._done_steps,
+                sha256=refitted.cost_model.sha256,
+                mean_relative_error=refitted.mean_relative_error,
+                text=refitted.text,
+            )
+        )
+        self._recorder.log_cost_model(self._done_steps, refitted.cost_model.to_json())
 
     def _run_plan(self, planned: PlannedStep, *, update: bool) -> list[StepResult]:
         work = assign_work(planned.plan, planned.batch, step=planned.step, num_ranks=self._workers.size)
@@ -300,11 +330,12 @@ class _Run:
 
     def _step_event(self, planned: PlannedStep, results: list[StepResult], wall_s: float) -> StepFinished:
         plan, batch = planned.plan, planned.batch
+        group_times_s = measured_group_times_s(plan, results)
         micro_batches = tuple(
             MicroBatchFinished(
                 shapes=shapes,
                 predicted_time_s=plan.micro_batches[index].predicted_time_s,
-                measured_time_s=max(result.micro_batch_times_s[index] for result in results),
+                measured_time_s=max(group_times_s[index]),
             )
             for index, shapes in enumerate(group_shapes(plan))
         )
@@ -419,7 +450,7 @@ class _Run:
                 measured[policy] = PolicyMeasured(
                     policy=policy,
                     groups=describe_groups(plan),
-                    predicted_time_s=sum(micro_batch.predicted_time_s for micro_batch in plan.micro_batches),
+                    predicted_time_s=plan.predicted_step_time_s - self._cost_model.step_fixed_s(plan.sync),
                     measured_time_s=max(sum(result.micro_batch_times_s) for result in results),
                     loss=results[0].loss,
                 )

@@ -82,12 +82,13 @@ def assign_work(plan: StepPlan, batch: GlobalBatch, *, step: int, num_ranks: int
                 attention=group.attention,
                 sequence_ids=tuple(batch.sequence_ids[index] for index in group.sequences),
                 lengths=tuple(batch.lengths[index] for index in group.sequences),
+                recompute=group.recompute,
             )
             for rank in group.ranks:
                 row[rank] = work
         for rank, group_work in enumerate(row):
             parts[rank].append(group_work)
-    return [StepWork(step=step, micro_batches=tuple(part)) for part in parts]
+    return [StepWork(step=step, micro_batches=tuple(part), sync=plan.sync) for part in parts]
 
 
 def group_shapes(plan: StepPlan) -> list[tuple[GroupShape, ...]]:
@@ -159,6 +160,10 @@ class PlanAhead:
 
     def __exit__(self, *_: object) -> None:
         self._service.close()
+
+    def use_cost_model(self, cost_model: CostModel) -> None:
+        """Plan with ``cost_model`` what was not yet handed to the background; plans that were keep theirs."""
+        self._cost_model = cost_model
 
     def __iter__(self) -> Iterator[PlannedStep]:
         self._fill()

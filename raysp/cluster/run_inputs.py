@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 
 from planner import CostModel, InfeasibleError, list_presets, load_preset
+from raysp.attention import METHODS
 from raysp.cluster.planning import plan_batch
 from raysp.config import Config
 from raysp.data.dataset import TokenDataset
 from raysp.data.loader import BatchLoader, Cursor
 from raysp.errors import CheckpointError, InputError
 from raysp.train.checkpoint import TrainerState, checkpoints_in, read_state
+from raysp.train.gradient_sync import unsharded_state_bytes
 from raysp.train.model import model_identity, read_model_config
+from raysp.train.session import ModelSize
+from raysp.train.work import RECOMPUTE_POLICIES
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,28 @@ def read_cost_model(config: Config) -> CostModel | None:
             f"planner.cost_model = {name!r} is neither 'auto', a file, nor a preset; the presets are "
             f"{', '.join(list_presets())}. `raysp calibrate` writes such a file."
         )
+    _check_runnable(model, config)
     if config.planner.memory_limit_bytes is not None:
         model = replace(model, memory_limit_bytes=config.planner.memory_limit_bytes)
     return model
+
+
+def _check_runnable(model: CostModel, config: Config) -> None:
+    """Refuse methods and policies that the workers cannot run; a plan may choose any that its cost model lists."""
+    name = config.planner.cost_model
+    for policy in model.recompute_policies:
+        if policy.name not in RECOMPUTE_POLICIES:
+            raise InputError(
+                f"planner.cost_model = {name!r} has the recompute policy {policy.name!r}; expected "
+                f"{' or '.join(map(repr, RECOMPUTE_POLICIES))}, which training can run. Remove it from "
+                "recompute_policies."
+            )
+    for method in model.attentions if config.attention.method == "auto" else ():
+        if method not in METHODS:
+            raise InputError(
+                f"planner.cost_model = {name!r} has the attention method {method!r}; expected one of "
+                f"{', '.join(METHODS)}, which training can run. Set attention.method, or remove it."
+            )
 
 
 def attention_method(config: Config, *, num_heads: int, num_kv_heads: int, degrees: list[int]) -> str:
@@ -124,13 +147,32 @@ def attention_method(config: Config, *, num_heads: int, num_kv_heads: int, degre
     return "ulysses" if divides else "ring"
 
 
-def for_model(cost_model: CostModel, config: Config, num_heads: int, num_kv_heads: int) -> CostModel:
-    """A given cost model with the method that this run's configuration and model's heads allow.
+def for_model(cost_model: CostModel, config: Config, size: ModelSize) -> CostModel:
+    """A given cost model with the methods that this run's configuration and model's heads allow.
 
-    ``attention.method = "auto"`` keeps the method of the cost model.
+    ``attention.method = "auto"`` keeps the methods of the cost model; any other leaves that one. Under ``per-step``, the
+    bytes that stay unsharded are those of this run's model where the cost model does not say.
     """
-    method = cost_model.attention if config.attention.method == "auto" else config.attention.method
-    return replace(cost_model, attention=method, num_heads=ulysses_heads(num_heads, num_kv_heads))
+    if config.attention.method != "auto":
+        cost = cost_model.method_cost(config.attention.method)
+        cost_model = replace(
+            cost_model,
+            attention=cost.name,
+            communication_s=cost.communication_s,
+            between_nodes_s=cost.between_nodes_s,
+            overlap=cost.overlap,
+            method_fixed_s=cost.fixed_s,
+            methods=(),
+        )
+    unsharded_bytes = cost_model.unsharded_state_bytes
+    if unsharded_bytes is None and config.planner.sync == "per-step":
+        unsharded_bytes = unsharded_state_bytes(size.num_parameters, config.train.dtype)
+    return replace(
+        cost_model,
+        num_heads=ulysses_heads(size.num_heads, size.num_kv_heads),
+        num_kv_heads=size.num_kv_heads,
+        unsharded_state_bytes=unsharded_bytes,
+    )
 
 
 def ulysses_heads(num_heads: int, num_kv_heads: int) -> int:
@@ -157,8 +199,6 @@ def smallest_static_policy(inputs: RunInputs, cost_model: CostModel, policy: str
 
 
 def _check_policies(config: Config) -> None:
-    if config.planner.sync != "per-layer":
-        raise InputError(f"planner.sync = {config.planner.sync!r} is not supported yet; expected 'per-layer'. Set it.")
     for key, policy in (("planner.policy", config.planner.policy), ("compare.policy", config.compare.policy)):
         degree = policy.removeprefix("static:")
         if degree.isdigit() and int(degree) > config.cluster.num_workers:

@@ -1,4 +1,4 @@
-"""``raysp plan``, ``validate`` and ``explain``: the planner on a file of lengths, without a GPU or a cluster."""
+"""``raysp plan`` and ``validate``: the planner on a file of lengths, without a GPU or a cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from planner import (
     CostModel,
     GroupPlan,
     StepPlan,
-    explain_plan,
     load_preset,
     plan_step,
     read_lengths,
@@ -89,24 +88,13 @@ def validate(plan_file: Path, lengths_file: Path, cost_model: CostModel) -> None
     Raises:
         InputError: It violates something; the first faults are named.
     """
-    made, _ = _read_valid(plan_file, lengths_file, cost_model)
+    made, _ = read_valid(plan_file, lengths_file, cost_model)
     terminal().print(
         f"{plan_file} is valid: {made.num_sequences} sequences on {made.num_ranks} GPUs in "
         f"{len(made.micro_batches)} micro-batches, {made.outcome}",
         soft_wrap=True,
         markup=False,
     )
-
-
-def explain(plan_file: Path, lengths_file: Path, cost_model: CostModel, *, as_json: bool) -> None:
-    """Say why a plan takes as long as it does, and what other plans would take."""
-    made, lengths = _read_valid(plan_file, lengths_file, cost_model)
-    lines = explain_plan(made, lengths, cost_model).lines()
-    if as_json:
-        print_json({"plan_id": made.plan_id, "lines": lines})
-        return
-    for line in lines:
-        terminal().print(line, soft_wrap=True, markup=False)
 
 
 def plan_table(made: StepPlan) -> Table:
@@ -150,7 +138,13 @@ def _measured_num_gpus(cost_model: CostModel) -> int:
     return max(degree for degree, _ in cost_model.communication_s)
 
 
-def _read_valid(plan_file: Path, lengths_file: Path, cost_model: CostModel) -> tuple[StepPlan, Sequence[int]]:
+def read_valid(plan_file: Path, lengths_file: Path, cost_model: CostModel) -> tuple[StepPlan, Sequence[int]]:
+    """Read a plan and its batch.
+
+    Raises:
+        InputError: The plan violates something; the first faults are named.
+        planner.PlannerError: One of the files is malformed.
+    """
     made = StepPlan.load(plan_file)
     lengths = read_lengths(lengths_file)
     faults = validate_plan(made, lengths, cost_model)

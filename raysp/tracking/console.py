@@ -13,7 +13,9 @@ from rich.table import Table
 from raysp.tracking.events import (
     BatchCompared,
     CheckpointSaved,
+    CostModelRefitted,
     Event,
+    LengthsDrifted,
     PhaseProgressed,
     PhaseStarted,
     StepFinished,
@@ -51,6 +53,12 @@ class ConsoleReporter:
                 self._console.print(f"[yellow]warning:[/yellow] {escape(event.text)}", highlight=False)
             case StepFinished():
                 self._step(event)
+            case LengthsDrifted():
+                self._console.print(f"  batch of step {event.step}: {escape(event.text)}", highlight=False)
+            case CostModelRefitted():
+                self._console.print(
+                    f"  cost model {event.sha256[:12]} from step {event.step} on: {escape(event.text)}", highlight=False
+                )
             case ValidationFinished():
                 self._console.print(
                     f"  validation after step {event.step}: loss {event.loss:.4f} over {event.num_targets:,} tokens",

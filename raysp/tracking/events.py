@@ -59,7 +59,10 @@ class MicroBatchFinished:
 
 @dataclass(frozen=True)
 class StepFinished:
-    """One optimizer step. ``step`` counts from 1; times are wall-clock of the slowest rank."""
+    """One optimizer step. ``step`` counts from 1; times are wall-clock of the slowest rank.
+
+    ``length_drift`` is the Kolmogorov-Smirnov distance (0 to 1) of the batch's lengths to those before.
+    """
 
     step: int
     num_steps: int
@@ -78,6 +81,7 @@ class StepFinished:
     peak_memory_bytes: int
     mfu: float | None
     micro_batches: tuple[MicroBatchFinished, ...]
+    length_drift: float | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -105,7 +109,34 @@ class StepFinished:
             values["mfu"] = self.mfu
         if self.peak_memory_bytes:
             values["peak_memory_bytes"] = float(self.peak_memory_bytes)
+        if self.length_drift is not None:
+            values["length_drift"] = self.length_drift
         return values
+
+
+@dataclass(frozen=True)
+class LengthsDrifted:
+    """The lengths of a batch no longer come from where those before came from; told once until they agree again."""
+
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
+class CostModelRefitted:
+    """The cost model was rescaled to measured groups; plans made from here on use it.
+
+    Attributes:
+        step: Steps done.
+        sha256: Of the new model.
+        mean_relative_error: Of the new model's times, over the groups it was rescaled to.
+        text: The old and the new error, for people.
+    """
+
+    step: int
+    sha256: str
+    mean_relative_error: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -148,5 +179,13 @@ class BatchCompared:
 
 
 Event = (
-    PhaseStarted | PhaseProgressed | WarningRaised | StepFinished | ValidationFinished | CheckpointSaved | BatchCompared
+    PhaseStarted
+    | PhaseProgressed
+    | WarningRaised
+    | StepFinished
+    | LengthsDrifted
+    | CostModelRefitted
+    | ValidationFinished
+    | CheckpointSaved
+    | BatchCompared
 )

@@ -9,6 +9,7 @@ from typing import Any
 from raysp.config import Config
 from raysp.tracking.events import (
     BatchCompared,
+    CostModelRefitted,
     Event,
     StepFinished,
     ValidationFinished,
@@ -72,6 +73,8 @@ class RunRecorder:
                 self._tracker.log_metrics(event.step, event.metrics())
             case ValidationFinished():
                 self._tracker.log_metrics(event.step, {"validation_loss": event.loss})
+            case CostModelRefitted():
+                self._tracker.log_metrics(event.step, {"cost_model_error": event.mean_relative_error})
             case BatchCompared():
                 ratio = event.other.measured_time_s / event.run.measured_time_s
                 self._tracker.log_metrics(
@@ -88,6 +91,10 @@ class RunRecorder:
     def log_plan(self, step: int, plan_json: str) -> None:
         """Keep the plan of a step as an artifact."""
         self._tracker.log_text(plan_json, f"plans/step-{step:08d}.json")
+
+    def log_cost_model(self, step: int, cost_model_json: str) -> None:
+        """Keep a cost model that plans use after ``step`` steps as an artifact; plans name it by its hash."""
+        self._tracker.log_text(cost_model_json, f"cost_models/step-{step:08d}.json")
 
     def finish(self, status: str) -> None:
         """Flush, and close the MLflow run as FINISHED, FAILED or KILLED."""

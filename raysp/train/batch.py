@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,11 +76,3 @@ def dummy_batch(device: torch.device) -> LocalBatch:
     """One row of weight zero, for a rank that has no tokens but must take part in the sharded layers."""
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     return LocalBatch(input_ids=zero, position_ids=zero, labels=torch.full_like(zero, IGNORED_LABEL), num_targets=0)
-
-
-def layouts_of(micro_batches: Sequence[GroupWork | None]) -> list[SequenceLayout]:
-    """The layout of every micro-batch of a rank; one token on one rank where it has no group."""
-    return [
-        SequenceLayout(lengths=list(work.lengths), degree=len(work.ranks)) if work else SequenceLayout([1], degree=1)
-        for work in micro_batches
-    ]

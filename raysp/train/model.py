@@ -95,6 +95,7 @@ class LanguageModelLoss(nn.Module):
         self.model: Any = model
         self._loss_chunk_tokens = loss_chunk_tokens
         self._loss_kernel = loss_kernel
+        self._recomputing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
     def forward(
         self,
@@ -102,6 +103,8 @@ class LanguageModelLoss(nn.Module):
         position_ids: torch.Tensor,
         labels: torch.Tensor,
         attention_context: AttentionContext,
+        *,
+        recompute: bool = False,
     ) -> torch.Tensor:
         """Sum of cross-entropies over the rows of this rank.
 
@@ -110,10 +113,14 @@ class LanguageModelLoss(nn.Module):
             position_ids: ``[T]`` position of each inside its document.
             labels: ``[T]`` next token of the same document, ``-100`` where there is none.
             attention_context: The SP group.
+            recompute: Keep the inputs of the decoder layers alone and run them again in the backward pass. Ranks of one
+                group must agree: their layers communicate both times.
 
         Returns:
             Scalar.
         """
+        for module in self._recomputing:
+            module.gradient_checkpointing = recompute
         hidden = self.model.model(
             input_ids=input_ids.unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
@@ -127,6 +134,20 @@ class LanguageModelLoss(nn.Module):
             chunk_rows=self._loss_chunk_tokens,
             kernel=self._loss_kernel,
         )
+
+    def zero_loss(self, *, every_parameter: bool) -> torch.Tensor:
+        """A loss of exactly zero whatever the weights hold, with gradient zero.
+
+        Args:
+            every_parameter: Give every parameter a gradient; otherwise one small one, enough to run a backward pass.
+
+        Returns:
+            Scalar.
+        """
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not every_parameter:
+            parameters = [min(parameters, key=torch.Tensor.numel)]
+        return torch.stack([parameter.flatten()[:0].sum() for parameter in parameters]).sum()
 
 
 def read_model_config(config: ModelConfig, *, vocab_size: int | None, max_length: int) -> Any:
@@ -180,7 +201,7 @@ def model_identity(model_config: Any) -> dict[str, Any]:
 
 
 def build_model(
-    config: ModelConfig, model_config: Any, *, dtype: torch.dtype, device: torch.device, seed: int, recompute: str
+    config: ModelConfig, model_config: Any, *, dtype: torch.dtype, device: torch.device, seed: int
 ) -> nn.Module:
     """Instantiate the model whole on ``device``, equal on every rank: weights from ``model.path`` or from ``seed``.
 
@@ -190,10 +211,13 @@ def build_model(
         dtype: Of the stored parameters (the compute type is FSDP's affair).
         device: Where to build it.
         seed: For random weights.
-        recompute: ``"full"`` recomputes every decoder layer in the backward pass.
+
+    Returns:
+        The model, able to recompute its decoder layers; whether it does is for each forward pass of
+        :class:`LanguageModelLoss` to say.
 
     Raises:
-        InputError: Weights are missing or not safetensors.
+        InputError: Weights are missing or not safetensors, or the layers cannot be recomputed.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -230,11 +254,21 @@ def build_model(
                 model_config, dtype=torch.float32, attn_implementation=ATTENTION_NAME, trust_remote_code=False
             )
         model.to(dtype)
-    if recompute == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _allow_recompute(model)
     model.train()
     result: nn.Module = model
     return result
+
+
+def _allow_recompute(model: Any) -> None:
+    """Give the layers transformers' non-reentrant checkpoint function; their flags are set by each forward pass."""
+    if not model.supports_gradient_checkpointing:
+        raise InputError(
+            f"{type(model).__name__} does not support gradient checkpointing; expected a decoder of the Llama family."
+        )
+    # Renamed in transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _check_fields(model_type: Any, table: dict[str, Any]) -> None:

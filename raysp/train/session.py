@@ -15,17 +15,26 @@ from typing import Any
 
 import torch
 
+from raysp.attention import SequenceLayout
 from raysp.comm import Communicators, all_reduce_sum, world_mesh
 from raysp.config import Config
 from raysp.errors import RayspError
 from raysp.train import checkpoint
-from raysp.train.batch import LocalBatch, build_local_batch, dummy_batch, layouts_of
+from raysp.train.batch import LocalBatch, build_local_batch, dummy_batch
+from raysp.train.gradient_sync import gather_parameters, reduce_gradients, shard_parameters, share_per_layer
 from raysp.train.loss import resolve_loss_kernel
 from raysp.train.memory import saved_activation_bytes
 from raysp.train.model import TORCH_DTYPES, AttentionContext, LanguageModelLoss, build_model
 from raysp.train.optimizer import build_optimizer, learning_rate
 from raysp.train.sharding import shard_model
-from raysp.train.work import GroupWork, SequenceSource, StepResult, StepWork
+from raysp.train.work import (
+    DEFAULT_RECOMPUTE,
+    RECOMPUTE_POLICIES,
+    GroupWork,
+    SequenceSource,
+    StepResult,
+    StepWork,
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,15 @@ class ModelSize:
     head_dim: int
     hidden_size: int
     largest_layer_parameters: int
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """What one forward pass needs."""
+
+    batch: LocalBatch
+    context: AttentionContext
+    recompute: bool
 
 
 class TrainSession:
@@ -77,7 +95,6 @@ class TrainSession:
             dtype=storage_dtype,
             device=self._device,
             seed=train.seed,
-            recompute=train.recompute,
         )
         self.size = _size_of(inner, self._model_config)
         self._model = LanguageModelLoss(
@@ -107,16 +124,7 @@ class TrainSession:
         """
         start_s = time.perf_counter()
         self._reset_peak_memory()
-        prepared = self._prepare(work)
-        num_targets = int(self._world_sum(sum(batch.num_targets for batch, _ in prepared)))
-        self._optimizer.zero_grad(set_to_none=True)
-        local_loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        marks = [self._mark()]
-        for batch, context in prepared:
-            loss = self._forward(batch, context) / max(1, num_targets)
-            loss.backward()
-            local_loss += loss.detach().double()
-            marks.append(self._mark())
+        local_loss, num_targets, marks = self._backward(work)
         local_value = local_loss.item()
         loss_value = self._world_sum(local_value)
         grad_norm = self._clip_gradients() if update else 0.0
@@ -146,28 +154,27 @@ class TrainSession:
         """Summed loss and number of target tokens over all ranks, forward only; equal on all ranks."""
         prepared = self._prepare(work)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._share_parameters(work.sync)
         self._model.eval()
         try:
             with torch.no_grad():
-                for batch, context in prepared:
-                    total += self._forward(batch, context).double()
+                for micro_batch in prepared:
+                    if micro_batch is not None:
+                        total += self._forward(micro_batch).double()
         finally:
             self._model.train()
-        targets = self._world_sum(sum(batch.num_targets for batch, _ in prepared))
-        return self._world_sum(total.item()), int(targets)
+        shard_parameters(self._model)
+        return self._world_sum(total.item()), self._num_targets(prepared)
 
     def activation_bytes(self, work: GroupWork) -> int:
         """Bytes that autograd keeps for one micro-batch on this rank, measured by running its forward pass."""
-        [(batch, context)] = self._prepare(StepWork(step=0, micro_batches=(work,)))
-        return saved_activation_bytes(lambda: self._forward(batch, context), self._model)
+        micro_batch = self._prepare_group(work)
+        share_per_layer(self._model)
+        return saved_activation_bytes(lambda: self._forward(micro_batch), self._model)
 
     def gradients(self, work: StepWork) -> dict[str, torch.Tensor]:
         """The whole gradient of the step's loss by parameter name, on CPU; nothing is updated. For verification."""
-        prepared = self._prepare(work)
-        num_targets = int(self._world_sum(sum(batch.num_targets for batch, _ in prepared)))
-        self._optimizer.zero_grad(set_to_none=True)
-        for batch, context in prepared:
-            (self._forward(batch, context) / max(1, num_targets)).backward()
+        self._backward(work)
         whole = {
             name: parameter.grad.full_tensor().cpu()  # type: ignore[union-attr]
             for name, parameter in self._model.named_parameters()
@@ -187,35 +194,88 @@ class TrainSession:
         """Load what any number of ranks saved after ``step`` optimizer steps."""
         checkpoint.load_shards(folder, self._model, self._optimizer, step=step, global_rank=self._comms.global_rank)
 
-    def _prepare(self, work: StepWork) -> list[tuple[LocalBatch, AttentionContext]]:
-        prepared = []
-        for group_work, layout in zip(work.micro_batches, layouts_of(work.micro_batches), strict=True):
-            group, group_rank, method = None, 0, "auto"
-            if group_work is None:
-                batch = dummy_batch(self._device)
-            else:
-                if self._comms.global_rank not in group_work.ranks:
-                    raise RayspError(
-                        f"rank {self._comms.global_rank} was given the work of ranks {group_work.ranks}; expected its own."
-                    )
-                group_rank = group_work.ranks.index(self._comms.global_rank)
-                batch = build_local_batch(self._source, group_work, layout, group_rank, self._device)
-                if len(group_work.ranks) > 1:
-                    group = self._comms.group(group_work.ranks)
-                    method = group_work.attention
-            context = AttentionContext(
-                layout=layout,
-                group=group,
-                group_rank=group_rank,
-                method=method,
-                kernel=self._config.attention.kernel,
-            )
-            prepared.append((batch, context))
-        return prepared
+    def _backward(self, work: StepWork) -> tuple[torch.Tensor, int, list[Any]]:
+        """Leave the step's summed gradient in the parameters.
 
-    def _forward(self, batch: LocalBatch, context: AttentionContext) -> torch.Tensor:
-        loss: torch.Tensor = self._model(batch.input_ids, batch.position_ids, batch.labels, context)
+        Returns:
+            This rank's share of the loss (fp64 scalar), target tokens of all ranks, and marks of time: one before the
+            first micro-batch and one after each.
+        """
+        prepared = self._prepare(work)
+        num_targets = self._num_targets(prepared)
+        self._optimizer.zero_grad(set_to_none=True)
+        self._share_parameters(work.sync)
+        local_loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        marks = [self._mark()]
+        for micro_batch in prepared:
+            if micro_batch is not None:
+                loss = self._forward(micro_batch) / max(1, num_targets)
+                loss.backward()
+                local_loss += loss.detach().double()
+            marks.append(self._mark())
+        if work.sync == "per-step":
+            reduce_gradients(self._model, has_gradients=any(micro_batch is not None for micro_batch in prepared))
+        return local_loss, num_targets, marks
+
+    def _share_parameters(self, sync: str) -> None:
+        if sync == "per-step":
+            gather_parameters(self._model)
+        elif sync == "per-layer":
+            share_per_layer(self._model)
+        else:
+            raise RayspError(f"sync is {sync!r}; expected 'per-layer' or 'per-step'.")
+
+    def _prepare(self, work: StepWork) -> list[_MicroBatch | None]:
+        """Rows and communicators of every micro-batch; ``None`` where this rank has no group and need not take part."""
+        return [
+            None if group_work is None and work.sync == "per-step" else self._prepare_group(group_work)
+            for group_work in work.micro_batches
+        ]
+
+    def _prepare_group(self, work: GroupWork | None) -> _MicroBatch:
+        group, group_rank, method, recompute = None, 0, "auto", False
+        if work is None:
+            layout = SequenceLayout([1], degree=1)
+            batch = dummy_batch(self._device)
+        else:
+            if self._comms.global_rank not in work.ranks:
+                raise RayspError(
+                    f"rank {self._comms.global_rank} was given the work of ranks {work.ranks}; expected its own."
+                )
+            layout = SequenceLayout(lengths=list(work.lengths), degree=len(work.ranks))
+            group_rank = work.ranks.index(self._comms.global_rank)
+            batch = build_local_batch(self._source, work, layout, group_rank, self._device)
+            recompute = self._recomputes(work)
+            if len(work.ranks) > 1:
+                group = self._comms.group(work.ranks)
+                method = work.attention
+        context = AttentionContext(
+            layout=layout, group=group, group_rank=group_rank, method=method, kernel=self._config.attention.kernel
+        )
+        return _MicroBatch(batch, context, recompute)
+
+    def _recomputes(self, work: GroupWork) -> bool:
+        policy = self._config.train.recompute if work.recompute == DEFAULT_RECOMPUTE else work.recompute
+        if policy not in RECOMPUTE_POLICIES:
+            raise RayspError(
+                f"the group of ranks {work.ranks} has recompute {policy!r}; expected {DEFAULT_RECOMPUTE!r} or one of "
+                f"{', '.join(RECOMPUTE_POLICIES)}. Plan with a cost model that has these."
+            )
+        return policy == "full"
+
+    def _forward(self, micro_batch: _MicroBatch) -> torch.Tensor:
+        batch = micro_batch.batch
+        loss: torch.Tensor = self._model(
+            batch.input_ids,
+            batch.position_ids,
+            batch.labels,
+            micro_batch.context,
+            recompute=micro_batch.recompute,
+        )
         return loss
+
+    def _num_targets(self, prepared: list[_MicroBatch | None]) -> int:
+        return int(self._world_sum(sum(item.batch.num_targets for item in prepared if item is not None)))
 
     def _clip_gradients(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.train.max_grad_norm)

@@ -11,6 +11,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+DEFAULT_RECOMPUTE = "default"
+RECOMPUTE_POLICIES = ("none", "full")
+"""What a group may be asked to do besides ``"default"``, which stands for ``train.recompute``."""
+
 
 @dataclass(frozen=True)
 class GroupWork:
@@ -21,12 +25,15 @@ class GroupWork:
         attention: Method for degree > 1; ``"local"`` for degree 1.
         sequence_ids: Dataset ids.
         lengths: Tokens of each sequence; a calibration may ask for fewer than the dataset holds.
+        recompute: ``"default"`` (as ``train.recompute`` says), ``"none"``, or ``"full"``: decoder layers run again in
+            the backward pass.
     """
 
     ranks: tuple[int, ...]
     attention: str
     sequence_ids: tuple[int, ...]
     lengths: tuple[int, ...]
+    recompute: str = DEFAULT_RECOMPUTE
 
     @property
     def num_tokens(self) -> int:
@@ -36,10 +43,18 @@ class GroupWork:
 
 @dataclass(frozen=True)
 class StepWork:
-    """One rank's part of a plan: its group in every micro-batch, or ``None`` where it has none."""
+    """One rank's part of a plan.
+
+    Attributes:
+        step: 0-based.
+        micro_batches: Its group in every micro-batch, or ``None`` where it has none.
+        sync: ``"per-layer"``: all ranks meet in every layer of every micro-batch. ``"per-step"``: a rank meets its
+            groups alone, and all ranks at the begin and the end of the step. Equal on all ranks.
+    """
 
     step: int
     micro_batches: tuple[GroupWork | None, ...]
+    sync: str = "per-layer"
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,8 @@ class StepResult:
         local_loss_is_finite: Whether this rank's own share was finite, to name the culprit.
         grad_norm: Before clipping; 0 when no update was asked for.
         updated: Whether the optimizer stepped; never with a loss or gradient that is not finite.
-        micro_batch_times_s: Forward and backward time of each micro-batch on this rank.
+        micro_batch_times_s: Forward and backward time of each micro-batch on this rank, waiting for others included; next
+            to nothing where it had no group under ``per-step``.
         peak_memory_bytes: Device peak of the step; 0 on CPU, where torch does not record it.
     """
 

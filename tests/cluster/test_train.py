@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import signal
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import psutil
 import pytest
 from command_line import RunningTraining, raysp
 
+from planner import CostModel, RecomputePolicy, StepPlan
 from raysp.train.checkpoint import checkpoints_in, read_state
 
 WriteConfig = Callable[..., Path]
@@ -172,3 +174,86 @@ def test_sequence_that_fits_no_group_is_refused_before_training(write_config: Wr
     assert re.search(r"the longest document \(row \d+ of .*\): sequence 0 has 10\d\d tokens and needs", done.err), (
         done.err
     )
+
+
+def test_per_step_measures_trains_validates_refits_and_matches_per_layer(
+    write_config: WriteConfig, tmp_path: Path
+) -> None:
+    settings = {
+        "train__num_steps": "5",
+        "train__validate_every": "5",
+        "planner__memory_limit_bytes": "50e6",
+        "data__tokens_per_step": "8192",
+    }
+    per_step = raysp(
+        "train", "--config", str(write_config(**settings, planner__cost_model='"auto"', planner__sync='"per-step"')),
+        "--set", "planner.recompute=per-group", "--set", "planner.refit=true", "--set", "compare.num_steps=1",
+    )  # fmt: skip
+    assert per_step.code == 0, per_step.err
+    assert "the same batches: adaptive against static:" in per_step.out
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    [run] = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert 0 <= run.data.metrics["length_drift"] <= 1
+    cost_model = CostModel.load(tmp_path / "checkpoints" / "cost_model.json")
+    assert cost_model.unsharded_state_bytes == 8 * int(run.data.params["num_parameters"])
+    assert [policy.name for policy in cost_model.recompute_policies] == ["full"]
+    assert cost_model.recompute_policies[0].bytes_per_token < cost_model.bytes_per_token
+
+    per_layer = raysp(
+        "train", "--config", str(write_config(**settings)), "--resume", "none",
+        "--set", f"checkpoint.dir={tmp_path / 'other'}",
+    )  # fmt: skip
+    assert per_layer.code == 0, per_layer.err
+    assert _losses(per_step.out) == pytest.approx(_losses(per_layer.out), abs=1.5e-4)  # printed with four decimals
+    validated = [re.findall(r"validation after step 5: loss ([\d.]+)", done.out) for done in (per_step, per_layer)]
+    assert len(validated[0]) == 1
+    assert float(validated[0][0]) == pytest.approx(float(validated[1][0]), abs=1.5e-4)
+
+
+def test_cost_model_with_a_recompute_policy_that_cannot_run_is_refused(
+    write_config: WriteConfig, tmp_path: Path
+) -> None:
+    config = str(write_config())
+    path = tmp_path / "given_cost_model.json"
+    policy = RecomputePolicy(name="selective", bytes_per_token=1.0)
+    dataclasses.replace(CostModel.load(path), recompute_policies=(policy,)).save(path)
+    done = raysp("train", "--config", config)
+    assert done.code == 2
+    assert "recompute policy 'selective'; expected 'none' or 'full'" in done.err
+
+
+def test_refit_replaces_a_wrong_cost_model_for_later_plans_and_not_for_the_resumed_run(
+    write_config: WriteConfig, tmp_path: Path
+) -> None:
+    config = str(
+        write_config(
+            train__num_steps="26",
+            checkpoint__every_steps="0",
+            planner__policy='"static:1"',
+            planner__sync='"per-step"',
+            planner__refit="true",
+            planner__memory_limit_bytes="30e6",
+        )
+    )
+    first = raysp("train", "--config", config, "--set", "train.num_steps=24")
+    assert first.code == 0, first.err
+    [(sha256, before, after)] = re.findall(
+        r"cost model (\w+) from step \d+ on: rescaling lowers the mean relative error from ([\d.]+)% to ([\d.]+)%",
+        first.out,
+    )[:1]
+    assert float(after) < float(before)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    [run] = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    plans = tmp_path / "plans"
+    plans.mkdir()
+    client.download_artifacts(run.info.run_id, "plans", str(tmp_path))
+    used = [StepPlan.load(path).cost_model.sha256 for path in sorted(plans.iterdir())]
+    assert len(used) == 24
+    assert used[-1] != used[0]
+    assert sha256 in {used_sha[:12] for used_sha in used}
+    assert run.data.metrics["cost_model_error"] < 1
+
+    resumed = raysp("train", "--config", config)
+    assert resumed.code == 0, resumed.err
+    client.download_artifacts(run.info.run_id, "plans", str(tmp_path))
+    assert StepPlan.load(plans / "step-00000025.json").cost_model.sha256 == used[0]

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from planner import CostModel
 from raysp.comm import Communicators
 from raysp.config import Config, parse_config
+from raysp.errors import RayspError
+from raysp.train.gradient_sync import gather_parameters, reduce_gradients
 from raysp.train.model import read_model_config
 from raysp.train.session import TrainSession
-from raysp.train.work import StepResult, StepWork
+from raysp.train.work import GroupWork, StepResult, StepWork
 
 # Modules of very different sizes, cut below: a long tail in miniature.
 _MODULES = (ast, dataclasses, textwrap)
@@ -103,9 +107,10 @@ def gradients_and_losses(
 
 
 def losses_then_save(comms: Communicators, config: Config, works: list[list[StepWork]], folder: str) -> list[float]:
-    """Train the given steps and save."""
+    """Train the given steps, validate, and save."""
     session = make_session(comms, config)
     losses = [session.run_step(work[comms.global_rank]).loss for work in works]
+    session.evaluate(works[0][comms.global_rank])
     files = session.save(Path(folder))
     assert all((Path(folder) / name).is_file() for name in files)
     return losses
@@ -138,3 +143,55 @@ def evaluate_plans(comms: Communicators, config: Config, works: list[list[StepWo
     """Forward-only loss of the same batch under several plans."""
     session = make_session(comms, config)
     return [session.evaluate(work[comms.global_rank]) for work in works]
+
+
+def evaluate_then_count_whole_parameters(
+    comms: Communicators, config: Config, works: list[StepWork]
+) -> tuple[tuple[float, int], int]:
+    """Forward-only loss of one step's plan, and how many parameters it left whole: what is saved then must be shards."""
+    session = make_session(comms, config)
+    result = session.evaluate(works[comms.global_rank])
+    return result, sum(not isinstance(parameter, DTensor) for parameter in session._model.parameters())
+
+
+def activation_bytes_by_policy(comms: Communicators, config: Config, policies: tuple[str, ...]) -> list[int]:
+    """What autograd keeps of the longest sequence under each recompute policy."""
+    session = make_session(comms, config)
+    return [
+        session.activation_bytes(GroupWork((comms.global_rank,), "local", (0,), (LENGTHS[0],), policy))
+        for policy in policies
+    ]
+
+
+def error_of_step(comms: Communicators, config: Config, works: list[StepWork]) -> str:
+    """The message with which a step is refused."""
+    session = make_session(comms, config)
+    try:
+        session.run_step(works[comms.global_rank])
+    except RayspError as error:
+        return str(error)
+    return ""
+
+
+def whole_state_bytes(comms: Communicators, config: Config, works: list[StepWork]) -> tuple[int, int, int]:
+    """Parameters of the model, and bytes of whole parameters and of whole gradients between micro-batches."""
+    session = make_session(comms, config)
+    model = session._model
+    micro_batches = session._prepare(works[comms.global_rank])
+    gather_parameters(model)
+    for micro_batch in micro_batches:
+        session._forward(micro_batch).backward()
+    parameter_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    # FSDP keeps them here where the dtype of the reduction is not that of the parameters.
+    gradients += [
+        parameter.unsharded_accumulated_grad
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+        for parameter in group.fsdp_params
+        if parameter.unsharded_accumulated_grad is not None
+    ]
+    gradient_bytes = sum(gradient.numel() * gradient.itemsize for gradient in gradients)
+    reduce_gradients(model, has_gradients=True)
+    return session.size.num_parameters, parameter_bytes, gradient_bytes

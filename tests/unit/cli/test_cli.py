@@ -133,14 +133,36 @@ def test_validate_refuses_a_changed_file(raysp, lengths_file, plan_file):
 
 
 def test_explain_says_what_bounds_the_plan(raysp, lengths_file, plan_file):
-    shown = raysp("explain", plan_file, "--lengths", lengths_file, "--preset", PRESET)
+    arguments = ["explain", plan_file, "--lengths", lengths_file, "--preset", PRESET, "--what-if-time-limit-s", 0.02]
+    shown = raysp(*arguments)
+    assert (shown.code, shown.err) == (0, "")
+    for text in (
+        "micro-batch",
+        "why 0:",
+        "long sequences",
+        "what if",
+        "twice the memory",
+        "one node fewer",
+        "static:1",
+    ):
+        assert text in shown.out
+    content = json.loads(raysp(*arguments, "--json").out)
+    assert content["plan_id"] == StepPlan.load(plan_file).plan_id
+    assert any("micro-batch 0:" in line for line in content["lines"])
+    rows = {row["name"]: row for row in content["what_ifs"]}
+    assert rows["memory-x2"]["step_time_s"] <= rows["replanned"]["step_time_s"] <= content["step_time_s"]
+    assert [item["num_tokens"] for item in content["long_sequences"]] == sorted(LENGTHS, reverse=True)[:5]
+    assert content["long_sequences"][0]["replanned_saved_s"] >= content["long_sequences"][0]["saved_s"] >= 0
+
+
+def test_explain_leaves_out_what_ifs_on_request(raysp, lengths_file, plan_file):
+    arguments = ["explain", plan_file, "--lengths", lengths_file, "--preset", PRESET, "--no-what-if"]
+    shown = raysp(*arguments)
     assert shown.code == 0
-    assert "micro-batch 0" in shown.out
-    assert "static:1" in shown.out
-    lines = json.loads(raysp("explain", plan_file, "--lengths", lengths_file, "--preset", PRESET, "--json").out)[
-        "lines"
-    ]
-    assert lines == shown.out.splitlines()
+    assert "what if" not in shown.out
+    content = json.loads(raysp(*arguments, "--json").out)
+    assert (content["what_ifs"], content["what_if_time_limit_s"]) == ([], None)
+    raysp(*arguments, "--what-if-time-limit-s", -1).assert_refused("what-if-time-limit-s")
 
 
 def test_simulate_compares_policies_and_sizes(raysp, lengths_file, tmp_path):

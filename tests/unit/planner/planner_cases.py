@@ -93,4 +93,4 @@ def set_partitions(items: list[int]) -> Iterator[list[list[int]]]:
 
 def unhurried() -> Budget:
     """A budget that no clock ends."""
-    return Budget.start(0.0, node_limit=200, seed=0)
+    return Budget.start(0.0, node_limit=20, seed=0)

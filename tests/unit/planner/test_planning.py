@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from planner import CostModel, InfeasibleError, PlanError, StepPlan, load_preset, plan_step, validate_plan
+from planner import Cluster, CostModel, InfeasibleError, PlanError, StepPlan, load_preset, plan_step, validate_plan
 
 from .planner_cases import cost_models, long_tail, make_model
 
@@ -204,7 +204,7 @@ def test_model_states_that_do_not_fit_are_named() -> None:
         ({"policy": "static:0"}, "policy is 'static:0'"),
         ({"policy": "static:9"}, "policy is 'static:9'"),
         ({"policy": "static:-1"}, "policy is 'static:-1'"),
-        ({"sync": "per-step"}, "'per-step' is not supported yet; use 'per-layer'"),
+        ({"sync": "per-step"}, "does not say how many bytes a rank holds with sync 'per-step'"),
         ({"sync": "never"}, "'never' is unknown"),
         ({"degrees": "odd"}, "degrees is 'odd'"),
         ({"time_limit_s": math.nan}, "time_limit_s is nan"),
@@ -213,6 +213,8 @@ def test_model_states_that_do_not_fit_are_named() -> None:
         ({"seed": -1}, "seed is -1"),
         ({"attention": "local"}, "attention is 'local'"),
         ({"attention": ""}, "attention is ''"),
+        ({"attention": "bogus"}, "attention is 'bogus'; expected one of ring"),
+        ({"cluster": Cluster.uniform(3)}, "the cluster has 3 GPUs, but num_ranks is 4"),
     ],
 )
 def test_malformed_requests_are_refused(arguments: dict[str, object], message: str) -> None:

@@ -70,7 +70,7 @@ def _save_model(folder: Path) -> None:
 def _load(folder: Path) -> torch.nn.Module:
     config = ModelConfig(path=str(folder))
     model_config = read_model_config(config, vocab_size=50, max_length=8)
-    return build_model(config, model_config, dtype=torch.float32, device=torch.device("cpu"), seed=0, recompute="none")
+    return build_model(config, model_config, dtype=torch.float32, device=torch.device("cpu"), seed=0)
 
 
 def test_pretrained_weights_are_loaded(tmp_path: Path) -> None:
