@@ -175,7 +175,7 @@ def test_per_step_is_refused_where_its_memory_is_unknown_or_too_much() -> None:
 
 
 def test_unsharded_states_take_memory_from_sequences() -> None:
-    lengths = long_tail(40, 3)
+    lengths = long_tail(40, 3, cap=9000)
     small = plan_step(lengths, 4, per_step_model(), sync="per-step", node_limit=3)
     large = plan_step(lengths, 4, per_step_model(unsharded_state_bytes=1e7), sync="per-step", node_limit=3)
     held = [g.num_tokens / g.degree * 2000 for m in large.micro_batches for g in m.groups]
@@ -217,18 +217,18 @@ def test_the_clock_ends_the_search_and_the_first_plan_comes_at_once() -> None:
 
 
 def test_better_sync_weighs_traffic_saved_against_memory_lost() -> None:
-    lengths = long_tail(40, 13)
-    plan, other, reason = better_sync(lengths, 4, per_step_model(zero_traffic_s=0.1), node_limit=3)
+    lengths = long_tail(40, 13, cap=9000)
+    plan, other, reason = better_sync(lengths, 4, per_step_model(zero_traffic_s=0.1), node_limit=3, solvers=())
     assert (plan.sync, other is not None and other.sync) == ("per-step", "per-layer")
     assert "traffic" in reason
-    plan, other, reason = better_sync(lengths, 4, per_step_model(unsharded_state_bytes=3e7), node_limit=3)
+    plan, other, reason = better_sync(lengths, 4, per_step_model(unsharded_state_bytes=3e7), node_limit=3, solvers=())
     assert (plan.sync, other) == ("per-layer", None)
     assert "only one with a plan" in reason
-    plan, other, reason = better_sync(lengths, 4, make_model(), node_limit=3)
+    plan, other, reason = better_sync(lengths, 4, make_model(), node_limit=3, solvers=())
     assert (plan.sync, other) == ("per-layer", None)
     assert "unsharded_state_bytes" in reason
     crowded = per_step_model(unsharded_state_bytes=1.4e7, zero_traffic_s=0.0)
-    plan, other, reason = better_sync(lengths, 4, crowded, node_limit=3)
+    plan, other, reason = better_sync(lengths, 4, crowded, node_limit=3, solvers=())
     assert plan.sync == "per-layer"
     assert other is not None
     assert "holds" in reason
