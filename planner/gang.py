@@ -8,6 +8,7 @@ Tiny batches are searched exactly.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,12 +23,14 @@ from planner.gang_annealing import GangAnnealing
 from planner.gang_bound import GangBound, gang_bound, gang_floor_s
 from planner.gang_exact import exact_gang, is_tiny_gang
 from planner.gang_schedule import GangPlan, gang_step_time_s
-from planner.gang_starts import of_draft, static_lanes, suited
+from planner.gang_starts import lanes_floor_s, of_draft, static_lanes, suited
 from planner.gang_tables import GangState, GangTables
 from planner.problem import Problem
 
+_SUITED = "sequences on the degree that suits each"
 # How long a sequence may take alone on the degree that suits it, as shares of the rank-seconds spread evenly.
-_ALONE_SHARES = (0.25, 0.4, 0.6, 0.8, 1.0, 1.2)
+_FIRST_SHARE = 0.8
+_ALONE_SHARES = (0.25, 0.4, 0.6, 1.0, 1.25, 1.6)
 # Shares of the time limit: one annealing run, the per-layer search, the bound.
 _RUN_SHARE = 0.09
 _LAYER_SHARE = 0.1
@@ -132,21 +135,16 @@ class _GangSearch:
         self.on_better = on_better
         self.tables = GangTables.of(problem)
         self.bound: GangBound | None = None
-        starts = [(f"lanes of degree {degree}", state) for degree, state, _ in _best_lanes(self.tables)]
-        base_s = gang_floor_s(problem) - problem.step_fixed_s
-        for share in _ALONE_SHARES:
-            state = suited(self.tables, base_s * share)
-            if state is not None:
-                starts.append(("sequences on the degree that suits each", state))
         self.searches = [GangAnnealing(self.tables, budget, budget.seed * 2 + n) for n in range(2)]
-        for search in self.searches:
-            for name, state in starts:
-                search.offer(name, state)
+        for degree, state, _ in _best_lanes(self.tables):
+            self._offer(f"lanes of degree {degree}", state)
+        self._offer(_SUITED, suited(self.tables, self._base_s() * _FIRST_SHARE))
         self.told_s = math.inf
         self._tell(self.searches[0])
 
     def counted(self) -> None:
         """Search for a fixed number of steps: the same answer on every machine."""
+        self._offer_suited()
         self._offer_layers(0.0)
         for search in self.searches:
             for _ in range(_COUNTED_RUNS):
@@ -155,6 +153,7 @@ class _GangSearch:
 
     def timed(self, num_threads: int) -> None:
         """Search until the deadline."""
+        self._offer_suited()
         left_s = self.budget.left_s() or 0.0
         run_s = max(_SHORTEST_RUN_S, _RUN_SHARE * left_s)
         if num_threads > 1:
@@ -184,6 +183,21 @@ class _GangSearch:
         while not self.budget.expired():
             search.run(run_s)
 
+    def _base_s(self) -> float:
+        return gang_floor_s(self.problem) - self.problem.step_fixed_s
+
+    def _offer(self, name: str, state: GangState | None) -> None:
+        if state is not None:
+            plan, step_time_s = self.tables.plan(state)
+            for search in self.searches:
+                search.offer(name, state, plan, step_time_s)
+
+    def _offer_suited(self) -> None:
+        for share, sharing in itertools.product(_ALONE_SHARES, (True, False)):
+            if not self.budget.expired():
+                self._offer(_SUITED, suited(self.tables, self._base_s() * share, sharing=sharing))
+        self._tell(self.searches[0])
+
     def _offer_layers(self, limit_s: float) -> None:
         """Offer the groups of the per-layer search on the same problem as a start to the second search."""
         layers = AnnealingSearch(self.problem, self.tables.search, self.budget, self.budget.seed)
@@ -193,7 +207,7 @@ class _GangSearch:
                 layers.run(limit_s / _COUNTED_LAYER_RUNS)
         if layers.best is not None:
             state = of_draft(self.tables, layers.draft_of(layers.best))
-            self.searches[1].offer("groups of the per-layer plan", state)
+            self.searches[1].offer("groups of the per-layer plan", state, *self.tables.plan(state))
 
     def _prove(self, search: GangAnnealing, limit_s: float) -> None:
         if not self.budget.expired():
@@ -214,9 +228,15 @@ class _GangSearch:
 
 
 def _best_lanes(tables: GangTables) -> list[tuple[int, GangState, float]]:
-    """Return degree, lanes and seconds of every degree that holds the longest sequence, the fastest first."""
-    found = []
-    for degree in feasible_static_degrees(tables.problem):
+    """Return degree, lanes and seconds of the degrees that hold the longest sequence, the fastest first.
+
+    Degrees whose lower bound is above lanes already found are left out; the first is that of trying all.
+    """
+    found: list[tuple[int, GangState, float]] = []
+    floors = {degree: lanes_floor_s(tables, degree) for degree in feasible_static_degrees(tables.problem)}
+    for degree in sorted(floors, key=lambda d: (floors[d], d)):
+        if found and floors[degree] * (1 - 1e-9) > min(step_time_s for _, _, step_time_s in found):
+            break
         found.append((degree, *static_lanes(tables, degree)))
     if not found:
         raise InfeasibleError("no allowed degree holds the longest sequence. Use more ranks.")

@@ -20,11 +20,11 @@ from planner.gang_tables import GangState, GangTables
 from planner.problem import IntArray
 
 _CHUNK_STEPS = 10_000
-_LAST_TEMPERATURE = 5e-6
+_LAST_TEMPERATURE = 1e-6
 _LAST_MEMORY_WEIGHT = 100.0
 _REFORM_SHARE = 0.06
-_COOLINGS = (Cooling(1e-3, 0.3), Cooling(3e-3, 0.3), Cooling(3e-4, 1.0), Cooling(1e-3, 0.05))
-_GENTLE = Cooling(2e-4, 1.0)
+_COOLINGS = (Cooling(2e-4, 1.0), Cooling(1e-3, 0.3), Cooling(5e-5, 1.0), Cooling(5e-4, 0.3))
+_GENTLE = Cooling(5e-5, 1.0)
 
 
 @dataclass
@@ -50,13 +50,12 @@ class GangAnnealing:
     _best_state: GangState | None = None
     _starts: list[tuple[str, GangState, float]] = field(default_factory=list)
 
-    def offer(self, name: str, state: GangState | None) -> None:
-        """Take a state to start runs from; it need not be the best."""
-        if state is None:
-            return
-        plan, step_time_s = self.tables.plan(state)
-        self._starts.append((name, state, step_time_s))
-        self._starts.sort(key=lambda start: start[2])
+    def offer(self, name: str, state: GangState, plan: GangPlan, step_time_s: float) -> None:
+        """Take a state with its plan and seconds to start runs from; it need not be the best."""
+        # Equal times mean equal states, nearly always.
+        if all(step_time_s != known_s for _, _, known_s in self._starts):
+            self._starts.append((name, state, step_time_s))
+            self._starts.sort(key=lambda start: start[2])
         self._keep(name, state, plan, step_time_s)
 
     def run(self, duration_s: float) -> None:

@@ -58,16 +58,19 @@ def dealt(tables: GangTables, kind_of: IntArray) -> GangState | None:
     return GangState(assign, _with_spare(block[:num_bins], n))
 
 
-def suited(tables: GangTables, alone_s: float) -> GangState | None:
+def suited(tables: GangTables, alone_s: float, *, sharing: bool = True) -> GangState | None:
     """Return a state in which every sequence is on the kind that spends least on it, alone at most `alone_s` long.
 
-    ``d * (share(s) + fixed * s / capacity)`` is what a sequence costs; where none is fast enough, the fastest counts.
+    ``d * (share(s) + fixed * fill)`` is what a sequence costs; where none is fast enough, the fastest counts. `fill` is
+    its share of the group's tokens, or with `sharing` false one part of as many like it as the group holds.
     """
     search = tables.search
     holds = search.max_tokens[:, None] >= search.tokens
     holds &= tables.blocks.num[:, None] > 0
     fixed_s = search.fixed_s[:, None]
     fill = np.minimum(1.0, search.tokens / np.maximum(1, search.max_tokens)[:, None])
+    if not sharing:
+        fill = 1 / np.maximum(1, np.maximum(1, search.max_tokens)[:, None] // search.tokens)
     cost_s = search.degree[:, None] * (search.share_s + fixed_s * fill)
     time_s = np.where(holds, search.share_s + fixed_s, math.inf)
     fast = time_s <= np.maximum(alone_s, time_s.min(axis=0))
@@ -156,6 +159,22 @@ def static_lanes(tables: GangTables, degree: int) -> tuple[GangState, float]:
             f"{problem.sync}) cannot hold; use a larger degree or more ranks."
         )
     return best, best_s
+
+
+def lanes_floor_s(tables: GangTables, degree: int) -> float:
+    """Return a lower bound of lanes of one degree: the time of every lane if all end together, groups all full.
+
+    On GPUs better than a kind asks for, a group may be faster than its kind; then the bound is 0.
+    """
+    problem, search = tables.problem, tables.search
+    if not problem.cluster.is_uniform:
+        return 0.0
+    spent_s = [
+        (float(search.share_s[k].sum()) + problem.fixed_s[k] * sum(problem.lengths) / max(1, problem.max_tokens[k]))
+        / max(1, int(tables.blocks.num[k]))
+        for k in problem.kinds_of_degree(degree)
+    ]
+    return min(spent_s) + problem.step_fixed_s
 
 
 def scratch(tables: GangTables, num_slots: int) -> tuple[FloatArray, IntArray, IntArray, FloatArray]:
