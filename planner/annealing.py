@@ -16,7 +16,7 @@ import numpy as np
 from planner.anneal_kernel import anneal, judge, load_groups
 from planner.baselines import homogeneous_shape
 from planner.budget import Budget
-from planner.fill_kernels import climb, deal, expand
+from planner.fill_kernels import climb, deal, expand, pack_until
 from planner.micro_batches import split_contiguous
 from planner.problem import Draft, IntArray, Problem
 from planner.search_tables import SearchTables
@@ -25,6 +25,8 @@ from planner.search_tables import SearchTables
 _MOST_STEPS, _LEAST_STEPS, _STEPS_PER_SEQUENCE = 20_000, 1_000, 40
 # Slots beyond the ranks, so that splits always find one.
 _SPARE_SLOTS = 4
+# Degrees at which a sequence alone takes longer than this many times the fastest are not tried for its micro-batch.
+_SLOWEST_ALONE = 2.5
 _OVERFLOW_WEIGHT = 10.0
 _LAST_TEMPERATURE = 5e-6
 _LAST_MEMORY_WEIGHT = 100.0
@@ -81,6 +83,7 @@ class AnnealingSearch:
     best_s: float = math.inf
     best: State | None = None
     num_runs: int = 0
+    _num_fresh: int = 0
     _best_of_count: dict[int, float] = field(default_factory=dict)
 
     def offer(self, draft: Draft) -> None:
@@ -98,9 +101,10 @@ class AnnealingSearch:
         if self.best is not None and place >= _NUM_COUNTS and place % 3 == 2:
             start, cooling = self.best.copy(), _GENTLE
         else:
-            count = self._next_count(place)
-            start = start_state(self.problem, self.tables, count, climbing=place % 2 == self.seed % 2)
-            cooling = _COOLINGS[(place + self.seed) % len(_COOLINGS)]
+            fresh = self._num_fresh
+            self._num_fresh += 1
+            start = self._start(self._next_count(fresh), fresh)
+            cooling = _COOLINGS[(fresh // 2 + self.seed) % len(_COOLINGS)]
         state, total_s = self._annealed(start, cooling, duration_s, seed=self.seed * 1_000_003 + place)
         if state is None:
             return
@@ -114,17 +118,24 @@ class AnnealingSearch:
         """Return a state as a draft."""
         return self.tables.draft(state.assign, state.kind, state.batch)
 
-    def _next_count(self, place: int) -> int:
+    def _start(self, count: int, fresh: int) -> State:
+        """Return a fresh state; the ways to make one take turns."""
+        if fresh % 4 != 3:
+            random = np.random.default_rng((self.seed, fresh))
+            return tight_state(self.problem, self.tables, count, random)
+        return start_state(self.problem, self.tables, count, climbing=(fresh // 4 + self.seed) % 2 == 0)
+
+    def _next_count(self, fresh: int) -> int:
         """Return the number of micro-batches of the next fresh run: each a few times, then those that do well."""
         least, most = self.problem.min_micro_batches, len(self.problem.lengths)
         counts = list(dict.fromkeys(min(least + extra, most) for extra in range(_NUM_COUNTS)))
-        if place < 2 * len(counts):
-            return counts[place % len(counts)]
+        if fresh < 2 * len(counts):
+            return counts[fresh % len(counts)]
         best_s = min(self._best_of_count.values(), default=math.inf)
         good = [c for c in counts if self._best_of_count.get(c, math.inf) <= best_s * _HOPELESS] or counts
         good.sort(key=lambda c: self._best_of_count.get(c, math.inf))
         # The best count most often, the others in turn.
-        return good[0] if place % 4 else good[(place // 4) % len(good)]
+        return good[0] if fresh % 3 else good[(fresh // 3) % len(good)]
 
     def _annealed(self, state: State, cooling: Cooling, duration_s: float, seed: int) -> tuple[State | None, float]:
         tables = self.tables
@@ -181,47 +192,95 @@ def start_state(problem: Problem, tables: SearchTables, count: int, *, climbing:
     Memory may overflow: annealing mends that where it can be mended.
     """
     runs = split_contiguous(tables.tokens, count)
-    slots = problem.num_ranks + _SPARE_SLOTS
-    state = State(
-        np.zeros(len(tables.tokens), dtype=np.int64),
-        np.full(len(runs) * slots, -1, dtype=np.int64),
-        np.zeros(len(runs) * slots, dtype=np.int64),
-        len(runs),
-    )
-    arrays = (tables.tokens, tables.share_s, tables.fixed_s, tables.max_tokens)
-    ladder = _ladder(tables)
-    trial = np.zeros(len(tables.tokens), dtype=np.int64)
+    state = _empty_state(problem, tables, len(runs))
     for m, run in enumerate(runs):
-        best_s, best_shape = math.inf, None
-        for k in ladder:
-            if tables.max_tokens[k] < tables.tokens[run.start] and k != ladder[-1]:
-                continue
-            counts = homogeneous_shape(tables, int(k))
-            if counts[k] == 0:
-                continue
-            if climbing:
-                value_s = climb(
-                    run.start,
-                    run.stop,
-                    counts,
-                    ladder,
-                    tables.degree,
-                    tables.num_ranks,
-                    tables.packing,
-                    *arrays,
-                    trial,
-                    _OVERFLOW_WEIGHT,
-                )
-            else:
-                slowest_s, overflow = deal(run.start, run.stop, expand(counts), *arrays, trial)
-                value_s = slowest_s * (1 + _OVERFLOW_WEIGHT * overflow)
-            if value_s < best_s:
-                best_s, best_shape = value_s, expand(counts)
-                state.assign[run] = trial[run] + m * slots
-        if best_shape is not None:
-            place = slice(m * slots, m * slots + len(best_shape))
-            state.kind[place], state.batch[place] = best_shape, m
+        _fill(tables, state, m, np.arange(run.start, run.stop), climbing=climbing)
     return state
+
+
+def tight_state(problem: Problem, tables: SearchTables, count: int, random: np.random.Generator) -> State:
+    """Return micro-batches filled one after the other to a time each, drawn at random.
+
+    The time is that of the longest waiting sequence alone at a drawn degree, or an even share of the waiting work if
+    that is more, times a little: so the first micro-batches are only as long as their longest sequences demand, and
+    short sequences fill what is left. The last micro-batch takes what waits then, and may overflow.
+    """
+    state = _empty_state(problem, tables, count)
+    ladder = _ladder(tables)
+    slots = problem.num_ranks + _SPARE_SLOTS
+    work_s = (tables.share_s * tables.degree[:, None]).min(axis=0) / problem.num_ranks
+    waiting = np.arange(len(tables.tokens))
+    for m in range(count - 1):
+        if len(waiting) == 0:
+            break
+        longest = waiting[0]
+        alone_s = tables.fixed_s[ladder] + tables.share_s[ladder, longest]
+        alone_s = alone_s[tables.max_tokens[ladder] >= tables.tokens[longest]]
+        if len(alone_s) == 0:
+            break
+        drawn_s = random.choice(alone_s[alone_s <= _SLOWEST_ALONE * alone_s.min()])
+        even_s = float(tables.fixed_s.min()) + float(work_s[waiting].sum()) / (count - m)
+        time_s = max(drawn_s * random.uniform(1.0, 1.1), even_s * random.uniform(0.8, 1.05)) * (1 + 1e-9)
+        shape = np.zeros(problem.num_ranks, dtype=np.int64)
+        group_of = np.empty(len(waiting), dtype=np.int64)
+        num_groups = pack_until(
+            time_s,
+            waiting,
+            ladder,
+            tables.degree,
+            tables.num_ranks,
+            tables.packing,
+            tables.tokens,
+            tables.share_s,
+            tables.fixed_s,
+            tables.max_tokens,
+            shape,
+            group_of,
+        )
+        dealt = group_of >= 0
+        state.assign[waiting[dealt]] = group_of[dealt] + m * slots
+        state.kind[m * slots : m * slots + num_groups] = shape[:num_groups]
+        waiting = waiting[~dealt]
+    if len(waiting):
+        _fill(tables, state, count - 1, waiting, climbing=True)
+    return state
+
+
+def _empty_state(problem: Problem, tables: SearchTables, count: int) -> State:
+    slots = problem.num_ranks + _SPARE_SLOTS
+    return State(
+        np.zeros(len(tables.tokens), dtype=np.int64),
+        np.full(count * slots, -1, dtype=np.int64),
+        np.repeat(np.arange(count), slots),
+        count,
+    )
+
+
+def _fill(tables: SearchTables, state: State, m: int, members: IntArray, *, climbing: bool) -> None:
+    """Deal sequences to the best homogeneous shape of micro-batch m, or to the best shape climbed to from those."""
+    slots = len(state.kind) // state.num_batches
+    tokens, share_s = tables.tokens[members], np.ascontiguousarray(tables.share_s[:, members])
+    arrays = (tokens, share_s, tables.fixed_s, tables.max_tokens)
+    ladder = _ladder(tables)
+    trial = np.zeros(len(members), dtype=np.int64)
+    best_s, best_shape = math.inf, None
+    for k in ladder:
+        if tables.max_tokens[k] < tokens[0] and k != ladder[-1]:
+            continue
+        counts = homogeneous_shape(tables, int(k))
+        if counts[k] == 0:
+            continue
+        if climbing:
+            packing = (tables.degree, tables.num_ranks, tables.packing)
+            value_s = climb(0, len(members), counts, ladder, *packing, *arrays, trial, _OVERFLOW_WEIGHT)
+        else:
+            slowest_s, overflow = deal(0, len(members), expand(counts), *arrays, trial)
+            value_s = slowest_s * (1 + _OVERFLOW_WEIGHT * overflow)
+        if value_s < best_s:
+            best_s, best_shape = value_s, expand(counts)
+            state.assign[members] = trial + m * slots
+    if best_shape is not None:
+        state.kind[m * slots : m * slots + len(best_shape)] = best_shape
 
 
 def progress(budget: Budget, duration_s: float) -> Callable[[], float]:

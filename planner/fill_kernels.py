@@ -253,3 +253,63 @@ def relieve(
         if used[g] > 0:
             slowest = max(slowest, load[g] + fixed_s[shape[g]])
     return slowest
+
+
+@compiled
+def pack_until(
+    time_s: float,
+    waiting: Array,
+    ladder: Array,
+    degree: Array,
+    num_ranks: int,
+    packing: Any,
+    tokens: Array,
+    share_s: Array,
+    fixed_s: Array,
+    max_tokens: Array,
+    shape: Array,
+    group_of: Array,
+) -> int:
+    """Fill one micro-batch that ends at `time_s`: each waiting sequence, longest first, goes to the fullest group that
+    still ends in time and holds it, else to a new group of the least degree that does, else it keeps waiting.
+
+    Args:
+        waiting: Sequences in descending length.
+        ladder: Kinds of ascending degree that new groups may have.
+        shape: Written: the kind of every group.
+        group_of: Written: by place in `waiting`, the group, -1 for those that wait on.
+
+    Returns:
+        The number of groups.
+    """
+    num_groups = 0
+    load, held = np.zeros(shape.size), np.zeros(shape.size, dtype=np.int64)
+    counts = np.zeros(degree.size, dtype=np.int64)
+    for place in range(waiting.size):
+        i = waiting[place]
+        group_of[place] = -1
+        best, least_room = -1, np.inf
+        for g in range(num_groups):
+            k = shape[g]
+            if held[g] + tokens[i] > max_tokens[k]:
+                continue
+            room_s = time_s - load[g] - share_s[k, i]
+            if 0.0 <= room_s * degree[k] < least_room:
+                best, least_room = g, room_s * degree[k]
+        if best < 0 and num_groups < shape.size:
+            for k in ladder:
+                if tokens[i] > max_tokens[k] or fixed_s[k] + share_s[k, i] > time_s:
+                    continue
+                counts[k] += 1
+                if packs(counts, degree, num_ranks, packing):
+                    best = num_groups
+                    shape[best], load[best] = k, fixed_s[k]
+                    num_groups += 1
+                else:
+                    counts[k] -= 1
+                break
+        if best >= 0:
+            load[best] += share_s[shape[best], i]
+            held[best] += tokens[i]
+            group_of[place] = best
+    return num_groups

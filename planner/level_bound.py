@@ -49,6 +49,8 @@ _COUNTED_ROUNDS = 4
 # A bound this close to the plan needs no more work.
 _CLOSE = 1e-3
 _FINEST_LEVEL = 1.008
+# Groups of a kind are whole in the program where at most so many fit a micro-batch.
+_FEW_GROUPS = 8
 # Micro-batches of the incumbent within this factor share a level.
 _FAR = 1.05
 
@@ -221,7 +223,9 @@ class _LevelModel:
             dealt.append((q, x, y, most))
         if not dealt:
             return None
-        groups = program.add_variable(f"n_{level}_{k}", lowBound=0)
+        # Whole groups matter where a micro-batch has few of them; elsewhere they only cost time.
+        whole = kind.least_degree * _FEW_GROUPS >= self.problem.num_ranks
+        groups = program.add_variable(f"n_{level}_{k}", lowBound=0, cat=pulp.LpInteger if whole else pulp.LpContinuous)
         if kind.least_degree == kind.most_degree:
             ranks, per_group = groups, float(kind.least_degree)
         else:

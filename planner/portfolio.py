@@ -26,9 +26,12 @@ from planner.search_tables import SearchTables
 _GOOD_ENOUGH = 1e-3
 # Shares of the time limit: one annealing run, the bound, and the integer programs at the end.
 _RUN_SHARE = 0.08
-_BOUND_SHARE = 0.45
+_BOUND_SHARE = 0.6
 _PROGRAM_SHARE = 0.05
-_SHORTEST_RUN_S = 0.02
+# Many short runs from different starts find better shapes than few long ones.
+_SHORTEST_RUN_S, _LONGEST_RUN_S, _SEQUENCES_OF_RUN = 0.02, 0.1, 512
+# Of the time limit, kept for making the plan from the draft.
+_FINISH_SHARE = 0.02
 # Annealing runs of each of the two searches where no clock counts.
 _COUNTED_RUNS = 6
 # A better draft is worth telling the caller from here on.
@@ -137,8 +140,9 @@ class _Portfolio:
     def timed(self, num_threads: int) -> SearchResult:
         """Search until the deadline."""
         left_s = self.budget.left_s() or 0.0
-        run_s = max(_SHORTEST_RUN_S, _RUN_SHARE * left_s)
-        reserve_s = _PROGRAM_SHARE * left_s if self.solvers else 0.0
+        longest_s = _LONGEST_RUN_S * max(1.0, len(self.problem.lengths) / _SEQUENCES_OF_RUN)
+        run_s = max(_SHORTEST_RUN_S, min(_RUN_SHARE * left_s, longest_s))
+        reserve_s = (_FINISH_SHARE + (_PROGRAM_SHARE if self.solvers else 0.0)) * left_s
         anneal_until_s = self.budget.deadline_s - reserve_s
         bound: LevelBound | None = None
         if num_threads > 1:
@@ -207,7 +211,9 @@ class _Portfolio:
             if budget.expired() or not self.solvers:
                 break
             left_s = budget.left_s()
-            share_s = None if left_s is None else left_s / (len(promising) - place)
+            share_s = (
+                None if left_s is None else left_s * (1 - _FINISH_SHARE / _PROGRAM_SHARE) / (len(promising) - place)
+            )
             result = improve_with_program(problem, micro_batches[index], bounds[index], share_s, budget, self.solvers)
             micro_batches[index] = result.micro_batch
             bounds[index] = max(bounds[index], result.bound_s)
