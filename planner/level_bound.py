@@ -45,7 +45,7 @@ _MIP_GAP = 1e-3
 _FIRST_LEVELS = 6
 _MAX_ROUNDS = 40
 # Without a clock.
-_COUNTED_ROUNDS = 4
+_COUNTED_ROUNDS = 2
 # A bound this close to the plan needs no more work.
 _CLOSE = 1e-3
 _FINEST_LEVEL = 1.008

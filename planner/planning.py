@@ -19,6 +19,7 @@ from planner.group_kind import GroupKind
 from planner.plan import CostModelReference, GroupPlan, MicroBatchPlan, Outcome, StepPlan
 from planner.portfolio import SearchResult, adaptive_search
 from planner.problem import DraftMicroBatch, Problem, allowed_kinds, check_longest_fits, make_problem
+from planner.warm_up import warm_up
 
 DEFAULT_SOLVERS = ("HiGHS", "CBC")
 
@@ -60,7 +61,8 @@ def plan_step(
             `planner.gang`.
         degrees: ``"powers-of-two"``, or ``"any"`` for methods such as ring that run at every degree.
         time_limit_s: Seconds after which searching stops. The homogeneous plans are always finished, so a plan comes
-            back even at 0, and late where that alone takes longer.
+            back even at 0, and late where that alone takes longer. The first call of a process loads the compiled
+            loops before its clock starts, and the first after an installation compiles them, which takes some seconds.
         node_limit: Branch-and-bound nodes of each integer program, and chunks of up to 20,000 proposals of each annealing
             run. When given, `time_limit_s` and the clock are ignored: equal inputs give equal plans on every machine,
             `solve_time_s` aside.
@@ -83,9 +85,10 @@ def plan_step(
     Source:
         FlexSP (arXiv:2412.01523), sections 4 and 5.
     """
+    problem = make_problem(lengths, num_ranks, cost_model, attention, degrees, sync=sync, cluster=cluster)
+    warm_up(sync)
     started_s = clock()
     budget = Budget.start(time_limit_s, node_limit, seed, clock)
-    problem = make_problem(lengths, num_ranks, cost_model, attention, degrees, sync=sync, cluster=cluster)
 
     def planned(result: SearchResult | GangResult) -> StepPlan:
         return _step_plan(problem, result, cluster, solve_time_s=max(0.0, clock() - started_s))

@@ -31,7 +31,7 @@ _PROGRAM_SHARE = 0.05
 # Many short runs from different starts find better shapes than few long ones.
 _SHORTEST_RUN_S, _LONGEST_RUN_S, _SEQUENCES_OF_RUN = 0.02, 0.1, 512
 # Of the time limit, kept for making the plan from the draft.
-_FINISH_SHARE = 0.02
+_FINISH_SHARE = 0.01
 # Annealing runs of each of the two searches where no clock counts.
 _COUNTED_RUNS = 6
 # A better draft is worth telling the caller from here on.
@@ -211,9 +211,8 @@ class _Portfolio:
             if budget.expired() or not self.solvers:
                 break
             left_s = budget.left_s()
-            share_s = (
-                None if left_s is None else left_s * (1 - _FINISH_SHARE / _PROGRAM_SHARE) / (len(promising) - place)
-            )
+            # Solvers look at the clock now and then only.
+            share_s = None if left_s is None else left_s / 2 / (len(promising) - place)
             result = improve_with_program(problem, micro_batches[index], bounds[index], share_s, budget, self.solvers)
             micro_batches[index] = result.micro_batch
             bounds[index] = max(bounds[index], result.bound_s)

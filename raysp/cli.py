@@ -70,16 +70,19 @@ def plan(
     attention: Annotated[str | None, typer.Option(help="Method of groups; default: the cost model's.")] = None,
     time_limit_s: Annotated[float, typer.Option(min=0.0, help="Seconds of search.")] = 2.0,
     node_limit: Annotated[
-        int | None, typer.Option(min=0, help="Search nodes in place of the time limit; the same plan everywhere.")
+        int | None, typer.Option(min=1, help="Search nodes in place of the time limit; the same plan everywhere.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    cluster: Annotated[
+        Path | None, typer.Option(help="JSON of unequal or missing GPUs, node by node.", metavar="FILE")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write.", metavar="FILE")] = None,
     as_json: Json = False,
 ) -> None:
     """Plan one training step: which GPUs form which groups, and which group gets which sequences."""
     from raysp.commands import plan as command
 
-    request = command.PlanRequest(num_gpus, policy, sync, degrees, attention, time_limit_s, node_limit, seed)
+    request = command.PlanRequest(num_gpus, policy, sync, degrees, attention, time_limit_s, node_limit, seed, cluster)
     command.plan(lengths, command.read_cost_model(preset, cost_model), request, output=output, as_json=as_json)
 
 

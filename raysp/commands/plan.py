@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from planner import (
+    Cluster,
     CostModel,
     GroupPlan,
     StepPlan,
@@ -26,7 +27,7 @@ _SHOWN_FAULTS = 5
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """The options of ``raysp plan``; see `planner.plan_step`. ``num_gpus`` none: by the cost model."""
+    """The options of ``raysp plan``; see `planner.plan_step`. ``num_gpus`` none: by the cluster, or the cost model."""
 
     num_gpus: int | None
     policy: str
@@ -36,6 +37,7 @@ class PlanRequest:
     time_limit_s: float
     node_limit: int | None
     seed: int
+    cluster_file: Path | None = None
 
 
 def read_cost_model(preset: str | None, file: Path | None) -> CostModel:
@@ -58,9 +60,11 @@ def plan(
 ) -> None:
     """Plan one step, show it, and write it to ``output`` if given."""
     lengths = read_lengths(lengths_file)
+    cluster = None if request.cluster_file is None else Cluster.load(request.cluster_file)
+    num_gpus = request.num_gpus or (cluster.num_ranks if cluster is not None else measured_num_gpus(cost_model))
     made = plan_step(
         lengths,
-        request.num_gpus or _measured_num_gpus(cost_model),
+        num_gpus,
         cost_model,
         policy=request.policy,
         sync=request.sync,
@@ -69,6 +73,7 @@ def plan(
         node_limit=request.node_limit,
         seed=request.seed,
         attention=request.attention,
+        cluster=cluster,
     )
     if output is not None:
         write_file(output, made.to_json())
@@ -130,7 +135,8 @@ def _summary(made: StepPlan) -> str:
     )
 
 
-def _measured_num_gpus(cost_model: CostModel) -> int:
+def measured_num_gpus(cost_model: CostModel) -> int:
+    """The number of GPUs that a cost model was measured on: its largest degree."""
     if not cost_model.communication_s:
         raise InputError(
             f"cost model {cost_model.name} does not say how many GPUs it was measured on; expected --num-gpus. Add it."

@@ -27,6 +27,7 @@ from planner import (
 from planner.simulation import ADAPTIVE, BATCH_ADAPTIVE, BEST_STATIC, FLEXSP, STATIC, check_policies
 from raysp.commands.length_sources import read_length_source
 from raysp.commands.output import print_json, terminal, write_file
+from raysp.commands.plan import measured_num_gpus
 from raysp.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def run(
     if plot is not None and plot.suffix.lower() != ".png":
         raise InputError(f"--plot {plot} is not a .png file; expected a name that ends in .png. Change it.")
     policies = _policies(request)
-    num_gpus = request.num_gpus or (_measured_num_gpus(cost_model),)
+    num_gpus = request.num_gpus or (measured_num_gpus(cost_model),)
     wanted = request.batch_size * request.num_batches
     lengths = read_length_source(source, num=wanted, seed=request.seed)
     batches = draw_batches(
@@ -305,14 +306,6 @@ def _policies(request: SimulateRequest) -> tuple[str, ...]:
             "policy flexsp needs solver time; expected --flexsp-cpu-s SECONDS for each micro-batch, such as 10. Add it."
         )
     return request.policies
-
-
-def _measured_num_gpus(cost_model: CostModel) -> int:
-    if not cost_model.communication_s:
-        raise InputError(
-            f"cost model {cost_model.name} does not say how many GPUs it was measured on; expected --num-gpus. Add it."
-        )
-    return max(degree for degree, _ in cost_model.communication_s)
 
 
 def _marginal_value(
