@@ -291,7 +291,7 @@ def progress(budget: Budget, duration_s: float) -> Callable[[], float]:
         return lambda: next(chunks) / total
     start_s = budget.clock()
     length_s = max(1e-6, min(duration_s, budget.deadline_s - start_s))
-    return lambda: (budget.clock() - start_s) / length_s
+    return lambda: 1.0 if budget.cancelled.is_set() else (budget.clock() - start_s) / length_s
 
 
 def _between(first: float, last: float, share: float) -> float:

@@ -63,13 +63,11 @@ def dual_feasible(share: FloatArray) -> list[FloatArray]:
     """
     found = []
     for parts in range(1, 7):
-        scaled = (parts + 1) * share
-        # On a whole number the function is the share itself; just above one, rounding could take it for the next.
-        whole = np.abs(scaled - np.round(scaled)) < 1e-9
-        found.append(np.where(whole, share, np.floor(scaled) / parts))
+        # On a whole number the function is less than above it, so rounding goes down: never more than the true value.
+        found.append(np.maximum(np.floor((parts + 1) * share - 1e-9), 0.0) / parts)
     for small in (0.2, 0.25, 0.3, 0.34, 0.4, 0.45):
         # Items above 1 - small fill the bin, those below small count as nothing.
-        found.append(np.where(share > 1 - small + 1e-9, 1.0, np.where(share < small - 1e-9, 0.0, share)))
+        found.append(np.where(share > 1 - small + 1e-9, 1.0, np.where(share < small + 1e-9, 0.0, share)))
     return found
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from planner.errors import PlanError
 
@@ -22,12 +23,14 @@ class Budget:
         node_limit: Branch-and-bound nodes of each integer program, or `None`.
         seed: Seed of the solver.
         clock: Monotonic seconds.
+        cancelled: Set where nobody waits for the answer any more; every thread of the search then ends.
     """
 
     deadline_s: float
     node_limit: int | None
     seed: int
     clock: Callable[[], float] = time.monotonic
+    cancelled: threading.Event = field(default_factory=threading.Event, compare=False)
 
     @classmethod
     def start(
@@ -38,7 +41,11 @@ class Budget:
         Raises:
             PlanError: A limit or the seed is not a number of the right kind.
         """
-        if isinstance(time_limit_s, bool) or not isinstance(time_limit_s, (int, float)) or not time_limit_s >= 0:
+        if (
+            isinstance(time_limit_s, bool)
+            or not isinstance(time_limit_s, (int, float))
+            or not 0 <= time_limit_s < math.inf
+        ):
             raise PlanError(f"time_limit_s is {time_limit_s!r}; expected a number of seconds of at least 0.")
         if node_limit is not None and (
             isinstance(node_limit, bool) or not isinstance(node_limit, int) or node_limit < 1
@@ -51,7 +58,7 @@ class Budget:
 
     def expired(self) -> bool:
         """Say whether searching must stop."""
-        return self.node_limit is None and self.clock() >= self.deadline_s
+        return self.cancelled.is_set() or (self.node_limit is None and self.clock() >= self.deadline_s)
 
     def left_s(self) -> float | None:
         """Return the seconds left, or `None` where no clock counts."""

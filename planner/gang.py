@@ -159,8 +159,13 @@ class _GangSearch:
         if num_threads > 1:
             with ThreadPoolExecutor(1, thread_name_prefix="planner-gang") as executor:
                 beside = executor.submit(self._beside, run_s, left_s)
-                self._anneal(self.searches[0], run_s, self.budget.deadline_s)
-                beside.result()
+                try:
+                    self._anneal(self.searches[0], run_s, self.budget.deadline_s)
+                    beside.result()
+                except BaseException:
+                    # Leaving the executor waits for its thread.
+                    self.budget.cancelled.set()
+                    raise
         else:
             self._anneal(self.searches[0], run_s, self.budget.deadline_s - left_s * _BOUND_SHARE * 0.6)
             self._prove(self.searches[0], left_s * _BOUND_SHARE * 0.6)
@@ -214,7 +219,7 @@ class _GangSearch:
             self.bound = gang_bound(self.problem, search.best_s, self.budget, self.solvers, limit_s)
 
     def _anneal(self, search: GangAnnealing, run_s: float, until_s: float) -> None:
-        while (left_s := until_s - self.budget.clock()) > 0:
+        while (left_s := until_s - self.budget.clock()) > 0 and not self.budget.cancelled.is_set():
             search.run(min(run_s, left_s))
             self._tell(search)
 

@@ -4,7 +4,7 @@ A micro-batch of time C is on the level l with ``E_l < C <= E_{l+1}``. Micro-bat
 level, kind and bucket instead of one by one, so every plan is a solution and the least objective is a bound:
 
     minimise  sum_l T_l                     T_l: seconds of the micro-batches on level l, m_l their number (whole)
-    E_l m_l <= T_l <= E_{l+1} m_l
+    E_l m_l <= T_l <= E_{l+1} m_l                                          the lowest E counts as 0 where it is not fixed_k
     R[l,k] = d_k n[l,k],  sum_k R[l,k] <= N m_l                            ranks
     sum_q x[q,l,k] over l, k = sequences of q                              every sequence
     sum_q work[q,k] x[q,l,k] + fixed_k R[l,k] <= E_{l+1} R[l,k]            no group ends after its micro-batch
@@ -49,6 +49,9 @@ _COUNTED_ROUNDS = 2
 # A bound this close to the plan needs no more work.
 _CLOSE = 1e-3
 _FINEST_LEVEL = 1.008
+_LOWEST_EDGE = 1e-4
+# No single program gets more, so that an interrupted search ends soon.
+_LONGEST_SOLVE_S = 10.0
 # Groups of a kind are whole in the program where at most so many fit a micro-batch.
 _FEW_GROUPS = 8
 # Micro-batches of the incumbent within this factor share a level.
@@ -95,10 +98,12 @@ def level_bound(
     max_rounds = _MAX_ROUNDS if time_limit_s is not None else _COUNTED_ROUNDS
     while rounds < max_rounds:
         left_s = None if time_limit_s is None else time_limit_s - (budget.clock() - start_s)
-        if left_s is not None and left_s < 0.02:
+        if budget.cancelled.is_set() or (left_s is not None and left_s < 0.02):
             break
         program, variables = model.build()
-        limits = SolveLimits(left_s, budget.node_limit, budget.seed, _MIP_GAP)
+        limits = SolveLimits(
+            None if left_s is None else min(left_s, _LONGEST_SOLVE_S), budget.node_limit, budget.seed, _MIP_GAP
+        )
         outcome = solve(program, limits=limits, solvers=solvers)
         rounds += 1
         if outcome.bound is not None:
@@ -123,7 +128,9 @@ class _LevelModel:
         alone_s = np.full(len(tokens), math.inf)
         for kind in self.kinds:
             alone_s = np.minimum(alone_s, np.where(tokens <= kind.max_tokens, kind.time + kind.fixed_s, math.inf))
-        least = max(min(kind.fixed_s for kind in self.kinds), 1e-9 * incumbent_s)
+        # Edges far below the step would be coefficients that solvers take for nothing.
+        self.least_s = min(kind.fixed_s for kind in self.kinds)
+        least = max(self.least_s, _LOWEST_EDGE * incumbent_s)
         slowest = float(alone_s.max()) * (1 - 1e-9)
         edges = {least, slowest, *np.geomspace(least * 1.3, incumbent_s, _FIRST_LEVELS)[:-1].tolist()}
         edges |= _near(makespans_s)
@@ -138,7 +145,8 @@ class _LevelModel:
         uppers = [*self.edges[1:], self.top]
         variables: dict[tuple[str, int], Any] = {}
         for level, low in enumerate(self.edges):
-            num = math.floor(self.scale_s / low * (1 + 1e-9))
+            # Every micro-batch has a sequence.
+            num = min(len(self.problem.lengths), math.floor(self.scale_s / low * (1 + 1e-9)))
             variables["m", level] = program.add_variable(f"m_{level}", lowBound=0, upBound=num, cat=pulp.LpInteger)
             variables["T", level] = program.add_variable(f"T_{level}", lowBound=0)
         program += pulp.lpSum(variables["T", level] for level in range(len(self.edges)))
@@ -147,7 +155,8 @@ class _LevelModel:
         for level, (low, high) in enumerate(zip(self.edges, uppers, strict=True)):
             count, total = variables["m", level], variables["T", level]
             # T is in units of the scale, edges in seconds.
-            program += total - low / self.scale_s * count >= 0
+            if level > 0 or low <= self.least_s:
+                program += total - low / self.scale_s * count >= 0
             program += total - high / self.scale_s * count <= 0
             ranks: list[tuple[Any, float]] = []
             work: list[tuple[Any, float]] = []

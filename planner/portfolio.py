@@ -148,8 +148,13 @@ class _Portfolio:
         if num_threads > 1:
             with ThreadPoolExecutor(1, thread_name_prefix="planner-bound") as executor:
                 beside = executor.submit(self._beside, run_s, left_s * _BOUND_SHARE, anneal_until_s)
-                self._anneal(self.searches[0], run_s, anneal_until_s, telling=True)
-                bound = beside.result()
+                try:
+                    self._anneal(self.searches[0], run_s, anneal_until_s, telling=True)
+                    bound = beside.result()
+                except BaseException:
+                    # Leaving the executor waits for its thread.
+                    self.budget.cancelled.set()
+                    raise
         else:
             self._anneal(self.searches[0], run_s, anneal_until_s - left_s * _BOUND_SHARE * 0.6, telling=True)
             bound = self._bound(self.searches[0], left_s * _BOUND_SHARE * 0.6)
@@ -168,7 +173,7 @@ class _Portfolio:
         return level_bound(self.problem, search.draft_of(search.best), self.budget, self.solvers, limit_s)
 
     def _anneal(self, search: AnnealingSearch, run_s: float, until_s: float, *, telling: bool) -> None:
-        while (left_s := until_s - self.budget.clock()) > 0:
+        while (left_s := until_s - self.budget.clock()) > 0 and not self.budget.cancelled.is_set():
             search.run(min(run_s, left_s))
             if telling and self.on_better is not None:
                 total_s = search.best_s + self.problem.step_fixed_s

@@ -136,9 +136,9 @@ def _solve_cbc(model: Any, limits: SolveLimits, start: Mapping[str, float] | Non
     values = {variable.name: float(variable.value()) for variable in model.variables()}
     objective = float(pulp.value(model.objective))
     finished = sol_status == pulp.LpSolutionOptimal
-    return _with_incumbent(
-        finished, objective, objective if finished else None, values, "CBC", f"sol_status {sol_status}"
-    )
+    # CBC calls optimal what is within the gap, and says nothing of its bound.
+    bound = objective - limits.relative_gap * max(1.0, abs(objective)) if finished else None
+    return _with_incumbent(finished, objective, bound, values, "CBC", f"sol_status {sol_status}")
 
 
 def _cbc_class(pulp: Any) -> Any:

@@ -208,6 +208,7 @@ def test_model_states_that_do_not_fit_are_named() -> None:
         ({"sync": "never"}, "'never' is unknown"),
         ({"degrees": "odd"}, "degrees is 'odd'"),
         ({"time_limit_s": math.nan}, "time_limit_s is nan"),
+        ({"time_limit_s": math.inf}, "time_limit_s is inf"),
         ({"time_limit_s": -1}, "time_limit_s is -1"),
         ({"node_limit": 0}, "node_limit is 0"),
         ({"seed": -1}, "seed is -1"),

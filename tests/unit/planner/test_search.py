@@ -26,7 +26,7 @@ from planner.bound_buckets import dual_feasible
 from planner.budget import Budget
 from planner.level_bound import level_bound
 from planner.portfolio import search_beyond_tiny
-from planner.problem import make_problem
+from planner.problem import DraftGroup, make_problem
 
 from .planner_cases import brute_force_step, cost_models, long_tail, make_model
 
@@ -67,6 +67,25 @@ def test_level_bound_is_below_the_best_of_all_plans(lengths: list[int], num_rank
         assert bound.bound_s <= best_s * (1 + 1e-9)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from([1, 2, 3, 50, 3000, 3001]), min_size=2, max_size=5),
+    b1_s=st.sampled_from([0.0, 1e-12, 1e-5]),
+    a1_s_per_token2=st.sampled_from([0.0, 1e-9, 1e-6]),
+)
+def test_level_bound_holds_without_fixed_costs_and_from_a_poor_plan(
+    lengths: list[int], b1_s: float, a1_s_per_token2: float
+) -> None:
+    model = make_model(
+        b1_s=b1_s, b2_s=0.0, a1_s_per_token2=a1_s_per_token2, communication_s=((2, 1e-4),), memory_limit_bytes=1e7
+    )
+    best_s = brute_force_step(lengths, 4, model, [1, 2, 4])
+    problem = make_problem(lengths, 4, model)
+    one_by_one = tuple((DraftGroup(0, (i,)),) for i in range(len(lengths)))
+    bound = level_bound(problem, one_by_one, BRIEF, ("HiGHS",), None)
+    assert bound.bound_s <= best_s * (1 + 1e-9)
+
+
 def test_level_bound_with_merged_degrees_stays_below_the_plan() -> None:
     lengths = long_tail(60, seed=9)
     problem = make_problem(lengths, 40, make_model(), "ring", "any")
@@ -77,6 +96,7 @@ def test_level_bound_with_merged_degrees_stays_below_the_plan() -> None:
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=8))
 def test_dual_feasible_values_of_whatever_fits_a_bin_sum_to_at_most_one(shares: list[float]) -> None:
+    shares = [*shares, 1 / 7, 1 / 7 * (1 - 2e-10), 0.5]
     chosen: list[int] = []
     for place, share in enumerate(shares):
         if sum(shares[i] for i in chosen) + share <= 1:
