@@ -224,6 +224,7 @@ def test_simulate_keeps_what_is_done_after_ctrl_c(tmp_path):
         "import os, signal, sys\n"
         "from planner import simulation\n"
         "real, done = simulation.plan_step, []\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def plan_step(*args, **options):\n"
         "    done.append(1)\n"
         "    if len(done) == 5: os.kill(os.getpid(), signal.SIGINT)\n"
@@ -483,7 +484,13 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(raysp, tmp_path):
         "--tokenizer",
         tmp_path / "one" / "tokenizer",
     ]
-    child = subprocess.Popen([sys.executable, "-m", "raysp", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # Where the tests themselves run in the background, children would inherit that SIGINT is ignored.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from raysp.cli import main; main(sys.argv[1:])"
+    )
+    arguments = [sys.executable, "-c", code, *command]
+    child = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     # The folder in progress appears before the tokenizing of 20 MB, which takes seconds.
     while child.poll() is None and not list(tmp_path.glob(".two.partial-*")):
         time.sleep(0.02)
