@@ -11,10 +11,16 @@ from raysp.attention.methods.call import Method
 from raysp.attention.methods.local import Local
 from raysp.attention.methods.ring import KeyRing
 from raysp.attention.methods.token_ring import TokenRing
-from raysp.attention.methods.ulysses import Ulysses, check_heads, heads_divide
+from raysp.attention.methods.ulysses import (
+    Ulysses,
+    UlyssesRing,
+    check_heads,
+    heads_divide,
+    neighbours_that_trade,
+)
 from raysp.errors import InputError
 
-METHODS = ("auto", "ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses", "local")
+METHODS = ("auto", "ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses", "ulysses_ring", "local")
 LATER_METHODS = ("rsa",)
 
 
@@ -42,6 +48,8 @@ def resolve_method_name(name: str, *, degree: int, num_heads: int, num_key_heads
         return "ulysses" if heads_divide(degree, num_heads, num_key_heads) else "ring"
     if name == "ulysses":
         check_heads(degree, num_heads, num_key_heads)
+    if name == "ulysses_ring":
+        neighbours_that_trade(degree, num_heads, num_key_heads)
     return name
 
 
@@ -54,5 +62,6 @@ def make_method(name: str) -> Method:
         "token_ring": TokenRing(),
         "all_gather": AllGather(),
         "ulysses": Ulysses(),
+        "ulysses_ring": UlyssesRing(KeyRing(bidirectional=False)),
     }
     return executors[name]

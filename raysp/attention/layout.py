@@ -54,6 +54,7 @@ class SequenceLayout:
         lengths: Tokens of every document, each at least 1.
         degree: Ranks of the group, at least 1.
         order: ``"zigzag"`` or ``"contiguous"``.
+        merged: Cut for ``degree * merged`` ranks, of which each ``merged`` neighbours count as one; see ``coarsened``.
 
     Raises:
         InputError: A document without tokens, no document, a degree below 1 or an unknown order.
@@ -62,17 +63,19 @@ class SequenceLayout:
     lengths: tuple[int, ...]
     degree: int
     order: str = "zigzag"
+    merged: int = 1
     _memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __init__(self, lengths: Sequence[int], degree: int, order: str = "zigzag") -> None:
+    def __init__(self, lengths: Sequence[int], degree: int, order: str = "zigzag", merged: int = 1) -> None:
         object.__setattr__(self, "lengths", tuple(int(length) for length in lengths))
         object.__setattr__(self, "degree", int(degree))
         object.__setattr__(self, "order", order)
+        object.__setattr__(self, "merged", int(merged))
         object.__setattr__(self, "_memo", {})
         self._check()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SequenceLayout, (self.lengths, self.degree, self.order)
+        return SequenceLayout, (self.lengths, self.degree, self.order, self.merged)
 
     @property
     def num_tokens(self) -> int:
@@ -106,6 +109,23 @@ class SequenceLayout:
             )
         return self.memo("parts", self._all_parts)[group_rank]
 
+    def coarsened(self, factor: int) -> SequenceLayout:
+        """Return the layout of groups of ``factor`` neighbouring ranks that hold their rows together.
+
+        Rank r of it holds the tokens of ranks ``factor*r`` to ``factor*r + factor - 1``, document pieces joined.
+
+        Raises:
+            InputError: ``factor`` does not divide the degree.
+        """
+        if factor < 1 or self.degree % factor:
+            raise InputError(
+                f"a layout of degree {self.degree} cannot be coarsened by {factor}; expected a divisor of the degree."
+            )
+        key = ("coarsened", factor)
+        return self.memo(
+            key, lambda: SequenceLayout(self.lengths, self.degree // factor, self.order, self.merged * factor)
+        )
+
     def memo(self, key: Any, build: Callable[[], _T]) -> _T:
         """Return what ``build`` made for ``key``, making it once per layout object."""
         if key not in self._memo:
@@ -116,8 +136,8 @@ class SequenceLayout:
     def _check(self) -> None:
         if self.order not in ORDERS:
             raise InputError(f"order {self.order!r} is unknown; expected one of {', '.join(ORDERS)}.")
-        if self.degree < 1:
-            raise InputError(f"degree is {self.degree}; expected at least 1.")
+        if self.degree < 1 or self.merged < 1:
+            raise InputError(f"degree is {self.degree}, merged {self.merged}; expected at least 1 each.")
         if not self.lengths:
             raise InputError("the layout has no documents; expected at least one. An idle rank needs a dummy token.")
         for document, length in enumerate(self.lengths):
@@ -139,10 +159,26 @@ class SequenceLayout:
 
     def _all_parts(self) -> tuple[tuple[Part, ...], ...]:
         cut = _zigzag_pieces if self.order == "zigzag" else _contiguous_pieces
-        return tuple(_as_parts(pieces_of_parts) for pieces_of_parts in cut(self.lengths, self.degree))
+        by_rank = cut(self.lengths, self.degree * self.merged)
+        groups = [by_rank[first : first + self.merged] for first in range(0, len(by_rank), self.merged)]
+        return tuple(_as_parts(group[0] if len(group) == 1 else _joined(group)) for group in groups)
 
 
 _Piece = tuple[int, int, int]  # document, start, stop
+
+
+def _joined(ranks: Sequence[Sequence[Sequence[_Piece]]]) -> list[list[_Piece]]:
+    """Parts of neighbouring ranks as those of one: pieces of one document that touch become one piece."""
+    parts: list[list[_Piece]] = []
+    for pieces_of_ranks in zip(*ranks, strict=True):
+        joined: list[_Piece] = []
+        for document, start, stop in sorted(piece for pieces in pieces_of_ranks for piece in pieces):
+            if joined and joined[-1][0] == document and joined[-1][2] == start:
+                joined[-1] = (document, joined[-1][1], stop)
+            else:
+                joined.append((document, start, stop))
+        parts.append(joined)
+    return parts
 
 
 def _as_parts(pieces_of_parts: Sequence[Sequence[_Piece]]) -> tuple[Part, ...]:

@@ -11,7 +11,9 @@ from torch.autograd.function import once_differentiable
 from raysp.attention.chooser import make_method, resolve_method_name
 from raysp.attention.kernels import resolve_kernel
 from raysp.attention.layout import SequenceLayout
+from raysp.attention.mask import DocumentMask
 from raysp.attention.methods.call import AttentionCall, Method
+from raysp.attention.schedule import schedule_of
 from raysp.comm import Communicator, ProcessGroup
 from raysp.errors import InputError
 
@@ -42,13 +44,15 @@ def parallel_attention(
         layout: Which tokens this rank holds. Reuse one object for all layers: it keeps the index maps.
         group: Process group, or a ``Communicator`` that counts bytes; ``None`` at degree 1. A group made elsewhere must
             have run one collective on NCCL.
-        method: ``ring``, ``bidirectional_ring``, ``token_ring``, ``all_gather``, ``ulysses`` or ``auto``.
+        method: One of ``raysp.attention.METHODS``; ``auto`` predicts the times of all and takes the least.
         causal: A token sees its document up to itself; otherwise all of its document.
-        window: Not supported yet.
+        window: W: a token sees the last W tokens up to itself, itself included; needs ``causal``.
         scale: Factor of the scores; ``D**-0.5`` by default.
-        kernel: ``aten``, ``eager`` or ``auto``.
-        deterministic: Same bits on every run. Merges always have a fixed order; this concerns the kernel.
-        kv_layout: Not supported yet.
+        kernel: One of ``raysp.attention.KERNELS``.
+        deterministic: Same bits on every run, whatever arrives first. Merges always have a fixed order; this concerns the
+            kernel.
+        kv_layout: Which rows of ``k`` and ``v`` this rank holds, where documents have other key lengths than query
+            lengths (cross attention); same degree and number of documents, not causal. The queries' layout by default.
 
     Returns:
         ``[local_tokens, Hq, D]`` in the dtype of ``q``; differentiable once in ``q``, ``k``, ``v``.
@@ -57,19 +61,16 @@ def parallel_attention(
         InputError: An argument cannot be used; the message says which and why.
         RankTimeoutError: A rank of the group did not take part in time.
     """
-    if window is not None:
-        raise InputError(f"window = {window} is not supported yet; expected None. Train with full attention.")
-    if kv_layout is not None:
-        raise InputError("kv_layout is not supported yet; expected None: keys laid out as the queries are.")
+    keys = layout if kv_layout is None else kv_layout
+    _check_mask(causal, window, layout, kv_layout)
     communicator = _communicator(group, layout)
-    _check_tensors(q, k, v, layout.local_tokens(communicator.group_rank), communicator.group_rank)
+    _check_tensors(q, k, v, layout, keys, communicator.group_rank)
     name = resolve_method_name(method, degree=layout.degree, num_heads=q.shape[1], num_key_heads=k.shape[1])
     call = AttentionCall(
-        layout=layout,
+        schedule=schedule_of(layout, DocumentMask(causal, window), keys),
         group=communicator,
         num_key_heads=k.shape[1],
         kernel=resolve_kernel(kernel, device=q.device, dtype=q.dtype, head_size=q.shape[2]),
-        causal=causal,
         scale=q.shape[2] ** -0.5 if scale is None else float(scale),
         deterministic=deterministic,
     )
@@ -111,15 +112,36 @@ def _communicator(group: ProcessGroup | Communicator | None, layout: SequenceLay
     return communicator
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, num_rows: int, group_rank: int) -> None:
+def _check_mask(causal: bool, window: int | None, layout: SequenceLayout, kv_layout: SequenceLayout | None) -> None:
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise InputError(f"window is {window!r}; expected the number of keys that a query sees, at least 1, or None.")
+    if window is not None and not causal:
+        raise InputError(f"window = {window} with causal = False; expected a causal call. Set causal = True.")
+    if kv_layout is None:
+        return
+    if kv_layout.degree != layout.degree or len(kv_layout.lengths) != len(layout.lengths):
+        raise InputError(
+            f"kv_layout has degree {kv_layout.degree} and {len(kv_layout.lengths)} documents, layout degree "
+            f"{layout.degree} and {len(layout.lengths)}; expected the same of both. Build both for one micro-batch."
+        )
+    if causal and kv_layout != layout:
+        raise InputError("kv_layout differs from layout in a causal call; expected causal = False for cross attention.")
+
+
+def _check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, keys: SequenceLayout, group_rank: int
+) -> None:
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape:
         raise InputError(f"shapes {shapes}; expected q [tokens, Hq, D] and k, v both [tokens, Hk, D].")
-    if q.shape[0] != num_rows or k.shape[0] != num_rows:
-        raise InputError(
-            f"shapes {shapes} on group rank {group_rank}; expected {num_rows} rows, the layout's local_tokens. Select "
-            "rows with layout.token_indices(group_rank)."
-        )
+    for names, tensor, cut, what in (("q", q, layout, "layout"), ("k, v", k, keys, "kv_layout")):
+        num_rows = cut.local_tokens(group_rank)
+        if tensor.shape[0] != num_rows:
+            what = "layout" if keys is layout else what
+            raise InputError(
+                f"shapes {shapes} on group rank {group_rank}; expected {num_rows} rows of {names}, the {what}'s "
+                f"local_tokens. Select rows with {what}.token_indices(group_rank)."
+            )
     if q.shape[2] != k.shape[2]:
         raise InputError(f"shapes {shapes}; expected one head size for q, k and v.")
     if q.shape[1] < 1 or k.shape[1] < 1 or q.shape[1] % k.shape[1]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 from torch import Tensor
+
+from raysp.errors import InputError
 
 
 @dataclass
@@ -59,3 +62,27 @@ class Communicator:
         """View a group that was made elsewhere. On NCCL its communicator must already have run one collective."""
         ranks = tuple(dist.get_process_group_ranks(process_group))
         return cls(process_group, ranks, dist.get_rank(process_group))
+
+    def subset(self, group_ranks: Sequence[int]) -> Communicator:
+        """View some ranks of this group as a group of their own, for point-to-point exchanges.
+
+        No process group is made, so this costs nothing; it counts its bytes with this one.
+
+        Args:
+            group_ranks: Group ranks of this group in the order of the new one, this process among them.
+
+        Raises:
+            InputError: The ranks are not of this group, named twice, or this process is none of them.
+        """
+        chosen = tuple(int(rank) for rank in group_ranks)
+        if len(set(chosen)) != len(chosen) or not all(0 <= rank < self.degree for rank in chosen):
+            raise InputError(
+                f"ranks {list(chosen)} are no part of a group of degree {self.degree}; expected group ranks from 0 to "
+                f"{self.degree - 1}, each at most once."
+            )
+        if self.group_rank not in chosen:
+            raise InputError(
+                f"group rank {self.group_rank} asked for the ranks {list(chosen)}; expected a part that contains it."
+            )
+        ranks = tuple(self.ranks[rank] for rank in chosen)
+        return replace(self, ranks=ranks, group_rank=chosen.index(self.group_rank))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from raysp.attention import SequenceLayout, parallel_attention, reference_attention
-from raysp.comm import Communicators
+from raysp.comm import Communicators, all_reduce_sum
 from raysp.errors import InputError
 
 
@@ -27,45 +30,65 @@ class Case:
     dtype: torch.dtype = torch.float64
     kernel: str = "auto"
     scale: float | None = None
+    window: int | None = None
+    key_lengths: tuple[int, ...] | None = None
+    deterministic: bool = False
     seed: int = 0
 
 
 def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v and the gradient of the output of all tokens, in the case's dtype."""
     generator = torch.Generator().manual_seed(case.seed)
-    num_tokens = sum(case.lengths)
+    queries, keys = sum(case.lengths), sum(case.key_lengths or case.lengths)
+    shapes = (
+        (queries, case.num_heads), (keys, case.num_key_heads), (keys, case.num_key_heads), (queries, case.num_heads),
+    )  # fmt: skip
     return tuple(
-        torch.randn(num_tokens, heads, case.head_size, generator=generator, dtype=torch.float64).to(case.dtype)
-        for heads in (case.num_heads, case.num_key_heads, case.num_key_heads, case.num_heads)
+        torch.randn(*shape, case.head_size, generator=generator, dtype=torch.float64).to(case.dtype) for shape in shapes
     )
+
+
+def make_layouts(case: Case) -> tuple[SequenceLayout, SequenceLayout]:
+    """Layouts of queries and keys."""
+    layouts = [
+        SequenceLayout(lengths, case.degree, order=case.order)
+        for lengths in (case.lengths, case.key_lengths or case.lengths)
+    ]
+    return layouts[0], layouts[1]
 
 
 def run_reference(case: Case) -> tuple[Tensor, ...]:
     """out, dq, dk, dv of full attention in fp64."""
     q, k, v, dout = (tensor.double() for tensor in make_inputs(case))
     leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
-    out = reference_attention(*leaves, case.lengths, causal=case.causal, scale=case.scale)
+    out = reference_attention(
+        *leaves, case.lengths, case.causal, case.scale, window=case.window, key_lengths=case.key_lengths
+    )
     return (out.detach(), *torch.autograd.grad(out, leaves, dout))
 
 
-def run_method(comms: Communicators, case: Case, method: str) -> tuple[tuple[Tensor, ...], Tensor] | None:
-    """This rank's (out, dq, dk, dv) and its global tokens; ``None`` on ranks outside the group."""
+def run_method(comms: Communicators, case: Case, method: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    """This rank's (out, dq, dk, dv) and the global tokens of each; ``None`` on ranks outside the group."""
     if comms.global_rank >= case.degree:
         return None
-    layout = SequenceLayout(case.lengths, case.degree, order=case.order)
-    tokens = layout.token_indices(comms.global_rank)
-    q, k, v, dout = (tensor[tokens] for tensor in make_inputs(case))
-    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    layout, kv_layout = make_layouts(case)
+    q_tokens, k_tokens = (each.token_indices(comms.global_rank) for each in (layout, kv_layout))
+    q, k, v, dout = make_inputs(case)
+    leaves = [tensor.requires_grad_() for tensor in (q[q_tokens], k[k_tokens], v[k_tokens])]
     out = parallel_attention(
         *leaves,
         layout=layout,
-        group=comms.group(range(case.degree)),
+        group=comms.communicator(range(case.degree)),
         method=method,
         causal=case.causal,
+        window=case.window,
         scale=case.scale,
         kernel=case.kernel,
+        deterministic=case.deterministic,
+        kv_layout=None if case.key_lengths is None else kv_layout,
     )
-    return (out.detach(), *torch.autograd.grad(out, leaves, dout)), tokens
+    gradients = torch.autograd.grad(out, leaves, dout[q_tokens])
+    return (out.detach(), *gradients), (q_tokens, q_tokens, k_tokens, k_tokens)
 
 
 def max_errors(comms: Communicators, case: Case, methods: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
@@ -78,8 +101,8 @@ def max_errors(comms: Communicators, case: Case, methods: tuple[str, ...]) -> di
             results, tokens = found
             assert all(result.dtype == case.dtype for result in results)
             errors[method] = tuple(
-                float((result.double() - expected[tokens]).abs().max()) if len(tokens) else 0.0
-                for result, expected in zip(results, truth, strict=True)
+                float((result.double() - expected[rows]).abs().max()) if len(rows) else 0.0
+                for result, expected, rows in zip(results, truth, tokens, strict=True)
             )
     return errors
 
@@ -153,3 +176,45 @@ def refusal_of_degree(comms: Communicators, case: Case) -> str:
     except InputError as error:
         return str(error)
     return ""
+
+
+def same_bits_when_late(comms: Communicators, case: Case, method: str) -> bool:
+    """Whether output and gradients are the same bits when each rank in turn comes late."""
+    results = []
+    for late in range(3):
+        if comms.global_rank == late:
+            threading.Event().wait(0.05)
+        found = run_method(comms, case, method)
+        assert found is not None
+        results.append(found[0])
+    return all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def rms_error_ratios(comms: Communicators, case: Case, method: str) -> tuple[float, ...]:
+    """RMS error of (out, dq, dk, dv) over all ranks, as a multiple of one rank's flash attention in the case's dtype."""
+    truth = run_reference(case)
+    found = run_method(comms, case, method)
+    assert found is not None
+    squares = torch.tensor(
+        [
+            float((result.double() - expected[rows]).square().sum())
+            for result, expected, rows in zip(found[0], truth, found[1], strict=True)
+        ]
+    )
+    all_reduce_sum(squares, comms.group(range(case.degree)))
+    one = flash_gradients(case)
+    alone = torch.tensor([float((a.double() - b).square().sum()) for a, b in zip(one, truth, strict=True)])
+    return tuple((squares / alone).sqrt().tolist())
+
+
+def flash_gradients(case: Case) -> tuple[Tensor, ...]:
+    """out, dq, dk, dv of torch's own CPU flash attention in the case's dtype, documents one by one."""
+    q, k, v, dout = make_inputs(case)
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    (length,) = case.lengths
+    batched = [tensor.transpose(0, 1).unsqueeze(0) for tensor in leaves]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = scaled_dot_product_attention(*batched, is_causal=case.causal, scale=case.scale, enable_gqa=True)
+    out = out[0].transpose(0, 1)
+    assert out.shape[0] == length
+    return (out.detach(), *torch.autograd.grad(out, leaves, dout))

@@ -20,3 +20,11 @@ def gloo_pool() -> Iterator[GlooPool]:
     pool = GlooPool(size=4)
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def wide_pool() -> Iterator[GlooPool]:
+    """Eight ranks, for degrees above four."""
+    pool = GlooPool(8)
+    yield pool
+    pool.stop()

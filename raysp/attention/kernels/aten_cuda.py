@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from raysp.attention.kernels.delta import output_with_delta
-from raysp.attention.schedule import Segments
+from raysp.attention.blocks import Segments
+from raysp.attention.kernels.delta import given_output
+from raysp.attention.mask import SegmentMask
 from raysp.errors import RayspError
 
 # FlashAttention-2 loads 16 bytes at a time.
@@ -25,14 +26,25 @@ class AtenCudaKernel:
     name: str = "aten"
 
     def forward(
-        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments, *, causal: bool, scale: float
+        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments, *, mask: SegmentMask, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Attend inside each segment; the contract's forward."""
         head_size = q_THD.shape[-1]
         q, k, v = (_padded(x) for x in (q_THD, k_THD, v_THD))
         cu_q, cu_k = segments.on(q.device)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_q, cu_k, segments.max_q, segments.max_k, 0.0, causal, False, scale=scale
+            q,
+            k,
+            v,
+            cu_q,
+            cu_k,
+            segments.max_q,
+            segments.max_k,
+            0.0,
+            mask.is_causal,
+            False,
+            scale=scale,
+            **_window(mask),
         )
         if lse.shape != (q.shape[1], q.shape[0]):
             raise RayspError(
@@ -50,16 +62,16 @@ class AtenCudaKernel:
         v_THD: Tensor,
         out_THD: Tensor | None,
         lse_HT: Tensor,
-        delta_HT: Tensor,
+        delta_HT: Tensor | None,
         segments: Segments,
         *,
-        causal: bool,
+        mask: SegmentMask,
         scale: float,
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the block; the contract's backward."""
         head_size = q_THD.shape[-1]
-        out_THD = output_with_delta(dout_THD, delta_HT) if out_THD is None else out_THD
+        out_THD = given_output(dout_THD, out_THD, delta_HT)
         dout, q, k, v, out = (_padded(x) for x in (dout_THD, q_THD, k_THD, v_THD, out_THD))
         cu_q, cu_k = segments.on(q.device)
         no_dropout_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
@@ -76,13 +88,22 @@ class AtenCudaKernel:
                 segments.max_q,
                 segments.max_k,
                 0.0,
-                causal,
+                mask.is_causal,
                 no_dropout_state,
                 torch.empty(0, dtype=torch.uint64, device=q.device),
                 scale=scale,
+                **_window(mask),
             )
         dq, dk, dv = (gradient[..., :head_size] for gradient in gradients)
         return dq, dk, dv
+
+
+def _window(mask: SegmentMask) -> dict[str, int]:
+    """torch's arguments of a band that is neither full nor causal; -1 is no limit."""
+    if mask.is_full or mask.is_causal:
+        return {}
+    limits = {"window_size_left": mask.left, "window_size_right": mask.right}
+    return {name: -1 if limit is None else limit for name, limit in limits.items()}
 
 
 def _padded(rows_THD: Tensor) -> Tensor:

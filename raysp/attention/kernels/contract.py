@@ -9,7 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from raysp.attention.schedule import Segments
+from raysp.attention.blocks import Segments
+from raysp.attention.mask import SegmentMask
 
 
 class Kernel(Protocol):
@@ -21,7 +22,7 @@ class Kernel(Protocol):
         ...
 
     def forward(
-        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments, *, causal: bool, scale: float
+        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments, *, mask: SegmentMask, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Attend inside each segment.
 
@@ -30,12 +31,12 @@ class Kernel(Protocol):
             k_THD: ``[Tk, Hk, D]``.
             v_THD: Like ``k_THD``.
             segments: Which rows of queries and keys belong together.
-            causal: Segments are square and a query sees keys up to its own row.
+            mask: Which keys of its segment a query sees.
             scale: Factor of the scores.
 
         Returns:
-            ``out [Tq, Hq, D]`` in the input dtype, 0 for a row without keys, and ``lse [Hq, Tq]``, natural log, fp32
-            (fp64 for fp64 inputs), ``-inf`` for a row without keys.
+            ``out [Tq, Hq, D]`` in the input dtype or a wider one, 0 for a row without keys, and ``lse [Hq, Tq]``, natural
+            log, fp32 (fp64 for fp64 inputs), ``-inf`` for a row without keys. Both are new tensors.
         """
         ...
 
@@ -47,10 +48,10 @@ class Kernel(Protocol):
         v_THD: Tensor,
         out_THD: Tensor | None,
         lse_HT: Tensor,
-        delta_HT: Tensor,
+        delta_HT: Tensor | None,
         segments: Segments,
         *,
-        causal: bool,
+        mask: SegmentMask,
         scale: float,
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,13 +64,13 @@ class Kernel(Protocol):
             v_THD: Like ``k_THD``.
             out_THD: Final output ``[Tq, Hq, D]`` where it is at hand; ``None``: ``delta_HT`` stands for it.
             lse_HT: ``[Hq, Tq]``, over all keys of the row, not only this block's.
-            delta_HT: ``[Hq, Tq]``, row sums of ``dout * out``.
+            delta_HT: ``[Hq, Tq]``, row sums of ``dout * out``; may be ``None`` where ``out_THD`` is given.
             segments: As in the forward.
-            causal: As in the forward.
+            mask: As in the forward.
             scale: As in the forward.
             deterministic: Same bits on every run, if need be slower.
 
         Returns:
-            ``dq [Tq, Hq, D]``, ``dk [Tk, Hk, D]``, ``dv [Tk, Hk, D]`` in the input or a wider dtype.
+            ``dq [Tq, Hq, D]``, ``dk [Tk, Hk, D]``, ``dv [Tk, Hk, D]`` in the input or a wider dtype; new tensors.
         """
         ...

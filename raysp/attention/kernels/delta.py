@@ -1,4 +1,4 @@
-"""Standing in for an output that did not travel.
+"""``delta = rowsum(dout * out)``, and standing in for an output that did not travel.
 
 Flash kernels take ``out`` in their backward only to form ``delta = rowsum(dout * out)``. Where only ``delta`` is known,
 a sparse output with the same row sums does as well: put ``delta / dout_j`` at the largest entry j of ``dout``, and
@@ -6,6 +6,8 @@ what rounding leaves over at the next entries. Two entries in bf16 reach 2**-17,
 """
 
 from __future__ import annotations
+
+import importlib
 
 import torch
 from torch import Tensor
@@ -37,3 +39,34 @@ def output_with_delta(dout_THD: Tensor, delta_HT: Tensor) -> Tensor:
         out.scatter_(-1, indices[..., index : index + 1], value.unsqueeze(-1))
         rest = rest - value.to(dtype) * entry
     return out
+
+
+def output_delta(dout_THD: Tensor, out_THD: Tensor) -> Tensor:
+    """Row sums of ``dout * out``: ``[H, T]`` in fp32 or fp64, contiguous."""
+    dtype = accumulation_dtype(out_THD.dtype)
+    if out_THD.is_cuda and dtype == torch.float32:
+        delta: Tensor = importlib.import_module("raysp.attention.triton_rows").row_dots(dout_THD, out_THD)
+        return delta
+    return (dout_THD.to(dtype) * out_THD.to(dtype)).sum(dim=-1).transpose(0, 1).contiguous()
+
+
+def given_delta(dout_THD: Tensor, out_THD: Tensor | None, delta_HT: Tensor | None) -> Tensor:
+    """The delta that was given, or that follows from the output.
+
+    Raises:
+        ValueError: Neither was given.
+    """
+    if delta_HT is not None:
+        return delta_HT
+    if out_THD is None:
+        raise ValueError("a kernel's backward got neither out nor delta; expected at least one of them.")
+    return output_delta(dout_THD, out_THD)
+
+
+def given_output(dout_THD: Tensor, out_THD: Tensor | None, delta_HT: Tensor | None) -> Tensor:
+    """The output that was given, or one with the delta that was.
+
+    Raises:
+        ValueError: Neither was given.
+    """
+    return output_with_delta(dout_THD, given_delta(dout_THD, out_THD, delta_HT)) if out_THD is None else out_THD

@@ -1,7 +1,10 @@
-"""All-gather: every rank gathers the keys it may need, then works alone; gradients are summed by a reduce-scatter.
+"""All-gather: every rank gathers the keys that its queries see, and then works alone; gradients go back to the owners.
 
-Unlike in a ring the keys of all ranks are at hand at once, so all earlier keys of a chunk are picked in natural order
-and met in one kernel call, whatever rank they came from.
+The keys of all ranks are at hand at once, so a document's keys are read in natural order and a rank's whole work is one
+kernel call, which ends in the diagonal like plain causal attention: nothing is merged. Key heads are gathered in groups:
+while one group is computed the next one travels, and in the backward the gradients of the last one go home. Only rows
+that the receiver needs are sent. A gradient leaves in the dtype in which its kernel call gave it and is summed in fp32
+or fp64 by the owner, in rank order.
 
 Source: the context parallelism of Llama 3 (arXiv:2407.21783, section 3.3.2).
 """
@@ -9,17 +12,14 @@ Source: the context parallelism of Llama 3 (arXiv:2407.21783, section 3.3.2).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from raysp.attention.layout import Part, SequenceLayout
-from raysp.attention.merge import PartialResult, accumulation_dtype
+from raysp.attention.blocks import Rows
+from raysp.attention.merge import GradientSums, PartialResult, accumulation_dtype
 from raysp.attention.methods.call import (
     AttentionCall,
-    GradientSums,
     KeyRows,
     OutputGradient,
     QueryRows,
@@ -27,124 +27,132 @@ from raysp.attention.methods.call import (
     all_rows,
     attend_blocks,
     differentiate_blocks,
+    head_groups,
 )
-from raysp.attention.schedule import NO_ROWS, Block, Rows, Segments, needed_rows, pair_blocks
-from raysp.comm import PendingExchange, reduce_scatter_rows, start_all_gather_rows
+from raysp.comm import Message, PendingExchange, exchange
+
+DEFAULT_HEAD_GROUPS = 4
 
 
 @dataclass(frozen=True)
-class RemoteWork:
-    """One kernel call on gathered keys: ``index [keys]`` picks them from the gathered rows for ``block``."""
-
-    block: Block
-    index: Tensor
-
-
 class AllGather:
-    """See ``raysp.attention.methods.call.Method``."""
+    """See ``raysp.attention.methods.call.Method``.
+
+    Attributes:
+        num_head_groups: Groups of key heads that travel one after the other; at most as many as key heads.
+    """
+
+    num_head_groups: int = DEFAULT_HEAD_GROUPS
 
     def forward(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
-        """Gather keys while the local blocks run, then attend to what the others hold."""
-        gathered, pending = _start_gather(call, k, v)
-        queries, result = QueryRows(all_rows(q), q), PartialResult(q.shape[0], q)
-        attend_blocks(call, _own_blocks(call), queries, KeyRows(all_rows(k), k, v), result, queries.held)
-        pending.wait()
-        for work in _remote_work(call, q.device):
-            attend_blocks(call, (work.block,), queries, _picked(gathered, work), result, queries.held)
-        out = result.out.to(q.dtype)
-        return out, (q, k, v, out, result.lse)
+        """Gather the next group of key heads while this one is computed."""
+        groups = head_groups(q.shape[1], k.shape[1], self.num_head_groups)
+        blocks = call.schedule.gathered(call.group_rank).blocks
+        queries, result = QueryRows(all_rows(q), q), PartialResult(q.shape[0], q, 2)
+        coming = _Gather(call, k, v, groups[0])
+        for place in range(len(groups)):
+            here = coming
+            if place + 1 < len(groups):
+                coming = _Gather(call, k, v, groups[place + 1])
+            attend_blocks(call, blocks, queries, here.keys(), result, queries.held)
+        out, lse = result.finished()
+        return out, (q, k, v, out, lse)
 
     def backward(self, call: AttentionCall, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gather keys again; sum what every rank found for everyone's keys in fp32 or fp64."""
+        """Gather again; the gradients of a group go home while the next one is computed."""
         q, k, v, out, lse = saved
-        gathered, pending = _start_gather(call, k, v)
-        queries, gradient = QueryRows(all_rows(q), q), OutputGradient.of(dout, out, lse)
-        dq, own = GradientSums(queries.held, q, 1), GradientSums(all_rows(k), k, 2)
-        differentiate_blocks(call, _own_blocks(call), queries, gradient, KeyRows(all_rows(k), k, v), dq, own)
-        pending.wait()
-        remote = torch.zeros(gathered.shape, dtype=accumulation_dtype(k.dtype), device=k.device)
-        for work in _remote_work(call, q.device):
-            sums = GradientSums(work.block.keys, k, 2)
-            differentiate_blocks(call, (work.block,), queries, gradient, _picked(gathered, work), dq, sums)
-            # The keys of one call are distinct, so the addition has one order.
-            remote.index_add_(0, work.index, torch.stack(sums.sums, dim=1))
-        shared = _shared_rows(call.layout, call.causal)
-        returned = reduce_scatter_rows(remote, [len(rows) for rows in shared], call.group)
-        own.add(shared[call.group_rank], returned.unbind(dim=1))
-        return dq.sums[0], own.sums[0], own.sums[1]
+        groups = head_groups(q.shape[1], k.shape[1], self.num_head_groups)
+        gathered = call.schedule.gathered(call.group_rank)
+        queries, gradient = QueryRows(all_rows(q), q), OutputGradient(dout, lse, out)
+        dq = GradientSums(queries.held, q, 1, 2)
+        parts: list[list[Tensor]] = []
+        returning: _Return | None = None
+        coming = _Gather(call, k, v, groups[0])
+        for place in range(len(groups)):
+            here = coming
+            if place + 1 < len(groups):
+                coming = _Gather(call, k, v, groups[place + 1])
+            keys = here.keys()
+            sums = GradientSums(keys.held, keys.k, 2, 2)
+            differentiate_blocks(call, gathered.blocks, queries, gradient, keys, dq, sums)
+            if returning is not None:
+                parts.append(returning.summed())
+            returning = _Return(call, sums.sums)
+        if returning is not None:
+            parts.append(returning.summed())
+        dk, dv = (torch.cat(tensors, dim=1) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
+        return dq.sums[0], dk, dv
 
 
-def _start_gather(call: AttentionCall, k: Tensor, v: Tensor) -> tuple[Tensor, PendingExchange]:
-    """Keys and values ``[rows of all ranks, 2, Hk, D]``, valid once the exchange is over."""
-    shared = _shared_rows(call.layout, call.causal)
-    mine = shared[call.group_rank].index
-    return start_all_gather_rows(torch.stack((k[mine], v[mine]), dim=1), [len(rows) for rows in shared], call.group)
+class _Gather:
+    """One group of key heads on its way: own rows first, then what each other rank sends."""
+
+    def __init__(self, call: AttentionCall, k: Tensor, v: Tensor, heads: tuple[slice, slice]) -> None:
+        self._query_heads = heads[1]
+        gathered = call.schedule.gathered(call.group_rank)
+        # One message carries keys and values of a rank.
+        mine = torch.stack((k[:, heads[0]], v[:, heads[0]]))
+        self._buffer = mine.new_empty((2, gathered.offsets[-1], *mine.shape[2:]))
+        sends: list[Message] = []
+        recvs: list[Message] = []
+        for peer in _others(call):
+            leaving = call.schedule.gathered(peer).from_rank[call.group_rank]
+            sends += [Message(half[leaving.index], peer) for half in mine]
+            rows = _place(gathered.offsets, gathered.from_rank, peer)
+            recvs += [Message(half[rows.index], peer) for half in self._buffer]
+        self._pending: PendingExchange = exchange(sends, recvs, call.group)
+        own = _place(gathered.offsets, gathered.from_rank, call.group_rank)
+        self._buffer[:, own.index].copy_(mine)
+
+    def keys(self) -> KeyRows:
+        """All gathered rows, once they are here."""
+        self._pending.wait()
+        k, v = self._buffer
+        return KeyRows(all_rows(k), k, v, self._query_heads)
 
 
-def _picked(gathered: Tensor, work: RemoteWork) -> KeyRows:
-    keys = gathered.index_select(0, work.index)
-    return KeyRows(work.block.keys, keys[:, 0], keys[:, 1])
+class _Return:
+    """Gradients of one group of key heads on their way home."""
+
+    def __init__(self, call: AttentionCall, sums: list[Tensor]) -> None:
+        self._call = call
+        gathered = call.schedule.gathered(call.group_rank)
+        self._own = [x[_place(gathered.offsets, gathered.from_rank, call.group_rank).index] for x in sums]
+        sums = [x.contiguous() for x in sums]
+        sends: list[Message] = []
+        recvs: list[Message] = []
+        self._received: dict[int, tuple[Rows, list[Tensor]]] = {}
+        for peer in _others(call):
+            rows = _place(gathered.offsets, gathered.from_rank, peer)
+            sends += [Message(x[rows.index], peer) for x in sums]
+            home = call.schedule.gathered(peer).from_rank[call.group_rank]
+            buffers = [x.new_empty((len(home), *x.shape[1:])) for x in sums]
+            recvs += [Message(x, peer) for x in buffers]
+            self._received[peer] = home, buffers
+        self._pending = exchange(sends, recvs, call.group)
+
+    def summed(self) -> list[Tensor]:
+        """dk and dv of the own rows, summed in rank order."""
+        self._pending.wait()
+        degree, me = self._call.degree, self._call.group_rank
+        if degree == 2:
+            home, buffers = self._received[1 - me]
+            for total, part in zip(self._own, buffers, strict=True):
+                total[home.index] += part
+            return self._own
+        wide = [torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device) for x in self._own]
+        for rank in range(degree):
+            home, parts = (Rows(0, wide[0].shape[0]), self._own) if rank == me else self._received[rank]
+            for total, part in zip(wide, parts, strict=True):
+                total[home.index] += part
+        return wide
 
 
-def _own_blocks(call: AttentionCall) -> tuple[Block, ...]:
-    return pair_blocks(call.layout, call.group_rank, call.group_rank, causal=call.causal)
+def _place(offsets: tuple[int, ...], from_rank: tuple[Rows, ...], rank: int) -> Rows:
+    """Rows of the buffer that hold what came from a rank."""
+    return Rows(offsets[rank], offsets[rank] + len(from_rank[rank]))
 
 
-def _shared_rows(layout: SequenceLayout, causal: bool) -> tuple[Rows, ...]:
-    """Rows of each rank that some other rank needs; documents that are not cut stay at home."""
-
-    def build() -> tuple[Rows, ...]:
-        shared = []
-        for owner in range(layout.degree):
-            rows = NO_ROWS
-            for reader in range(layout.degree):
-                if reader != owner:
-                    rows = rows.hull(needed_rows(pair_blocks(layout, reader, owner, causal=causal), side="keys"))
-            shared.append(rows)
-        return tuple(shared)
-
-    return layout.memo(("shared_rows", causal), build)
-
-
-def _remote_work(call: AttentionCall, device: torch.device) -> tuple[RemoteWork, ...]:
-    """One call for each part of the queries: all keys of other ranks that its documents' chunks may see."""
-    layout, group_rank, causal = call.layout, call.group_rank, call.causal
-
-    def build() -> tuple[RemoteWork, ...]:
-        places = _gathered_places(layout, causal)
-        works = [_part_work(layout, part, group_rank, causal, places) for part in layout.parts(group_rank)]
-        return tuple(RemoteWork(work.block, work.index.to(device)) for work in works if work is not None)
-
-    return layout.memo(("remote_work", group_rank, causal, device), build)
-
-
-def _gathered_places(layout: SequenceLayout, causal: bool) -> tuple[np.ndarray, np.ndarray]:
-    """For each global token its row among the gathered keys (-1: not gathered) and the rank that holds it."""
-    place = np.full(layout.num_tokens, -1, dtype=np.int64)
-    holder = np.empty(layout.num_tokens, dtype=np.int64)
-    shared = _shared_rows(layout, causal)
-    offsets = [0, *accumulate(len(rows) for rows in shared)]
-    for rank, rows in enumerate(shared):
-        tokens = layout.token_indices(rank).numpy()
-        holder[tokens] = rank
-        place[tokens[rows.index]] = np.arange(offsets[rank], offsets[rank + 1])
-    return place, holder
-
-
-def _part_work(
-    layout: SequenceLayout, part: Part, group_rank: int, causal: bool, places: tuple[np.ndarray, np.ndarray]
-) -> RemoteWork | None:
-    place, holder = places
-    starts = np.concatenate([[0], np.cumsum(layout.lengths)])
-    picked: list[np.ndarray] = []
-    for document, start in zip(part.documents, part.starts, strict=True):
-        visible = np.arange(starts[document], starts[document] + start if causal else starts[document + 1])
-        picked.append(place[visible[holder[visible] != group_rank]])
-    counts = [len(rows) for rows in picked]
-    if not sum(counts):
-        return None
-    segments = Segments(
-        tuple(int(row) for row in part.rows - part.rows[0]), tuple(int(stop) for stop in accumulate(counts, initial=0))
-    )
-    block = Block(Rows(int(part.rows[0]), int(part.rows[-1])), Rows(0, sum(counts)), segments, False)
-    return RemoteWork(block, torch.from_numpy(np.concatenate(picked)))
+def _others(call: AttentionCall) -> list[int]:
+    """Peers in an order that spreads the load: the next rank first, all ranks starting at a different one."""
+    return [(call.group_rank + step) % call.degree for step in range(1, call.degree)]

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from raysp.attention.blocks import Block, Rows
 from raysp.attention.kernels import Kernel
-from raysp.attention.layout import SequenceLayout
-from raysp.attention.merge import PartialResult, accumulation_dtype
-from raysp.attention.schedule import Block, Rows
+from raysp.attention.merge import ALL_HEADS, GradientSums, PartialResult
+from raysp.attention.picked import pick_rows, return_rows
+from raysp.attention.schedule import Schedule
 from raysp.comm import Communicator
 
 Saved = tuple[Tensor, ...]
-ALL_HEADS = slice(None)
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,18 @@ class AttentionCall:
     """The choices of one call, equal on all ranks but for the group rank.
 
     Attributes:
-        layout: The cut of the documents.
+        schedule: All work of the micro-batch.
         group: The ranks of the SP group.
         num_key_heads: Hk.
         kernel: Block kernel.
-        causal: Causal inside each document.
         scale: Factor of the scores.
         deterministic: Same bits on every run.
     """
 
-    layout: SequenceLayout
+    schedule: Schedule
     group: Communicator
     num_key_heads: int
     kernel: Kernel
-    causal: bool
     scale: float
     deterministic: bool
 
@@ -48,6 +46,20 @@ class AttentionCall:
     def group_rank(self) -> int:
         """This process's place in the group."""
         return self.group.group_rank
+
+    @property
+    def degree(self) -> int:
+        """Ranks of the group."""
+        return self.schedule.degree
+
+    def own_blocks(self) -> tuple[Block, ...]:
+        """Work of this rank's queries on its own keys."""
+        return self.schedule.pair(self.group_rank, self.group_rank)
+
+    @property
+    def most_partials(self) -> int:
+        """Partial results, or gradients, that a row gets at most where every pair of ranks is one kernel call."""
+        return self.degree if self.schedule.mask.window is None else 3 * self.degree
 
 
 class Method(Protocol):
@@ -82,21 +94,14 @@ class OutputGradient:
     Attributes:
         dout: Gradient of the final output, ``[rows, Hq, D]``.
         lse: ``[Hq, rows]``, over all keys of the row.
-        delta: ``[Hq, rows]``, row sums of ``dout * out``.
         out: Final output ``[rows, Hq, D]`` where it is at hand.
+        delta: ``[Hq, rows]``, row sums of ``dout * out``, where ``out`` is not.
     """
 
     dout: Tensor
     lse: Tensor
-    delta: Tensor
     out: Tensor | None
-
-    @classmethod
-    def of(cls, dout: Tensor, out: Tensor, lse: Tensor) -> OutputGradient:
-        """Form ``delta`` once, from the final output, in fp32 or fp64."""
-        dtype = accumulation_dtype(out.dtype)
-        delta = (dout.to(dtype) * out.to(dtype)).sum(dim=-1).transpose(0, 1).contiguous()
-        return cls(dout, lse, delta, out)
+    delta: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,26 +118,30 @@ class KeyRows:
     held: Rows
     k: Tensor
     v: Tensor
-    query_heads: slice = field(default_factory=lambda: slice(None))
+    query_heads: slice = field(default_factory=lambda: ALL_HEADS)
 
+    def of_heads(self, key_heads: slice, query_heads: slice) -> KeyRows:
+        """The same rows of some of all heads."""
+        return KeyRows(self.held, self.k[:, key_heads], self.v[:, key_heads], query_heads)
 
-class GradientSums:
-    """Sums of block gradients over a range of rows, in fp32 or fp64; each of shape ``[rows, heads, D]``."""
-
-    def __init__(self, held: Rows, like: Tensor, count: int) -> None:
-        self.held = held
-        dtype = accumulation_dtype(like.dtype)
-        self.sums = [torch.zeros(len(held), *like.shape[1:], dtype=dtype, device=like.device) for _ in range(count)]
-
-    def add(self, rows: Rows, gradients: Iterable[Tensor], heads: slice = ALL_HEADS) -> None:
-        """Add the gradients of these rows and heads."""
-        for total, gradient in zip(self.sums, gradients, strict=True):
-            total[rows.relative_to(self.held), heads] += gradient
+    def read(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block, in its order."""
+        index = block.keys.relative_to(self.held)
+        k, v = self.k[index], self.v[index]
+        return (k, v) if block.pick is None else (pick_rows(k, block.pick), pick_rows(v, block.pick))
 
 
 def all_rows(tensor: Tensor) -> Rows:
     """The range of all local rows of ``[T, ...]``."""
     return Rows(0, tensor.shape[0])
+
+
+def head_groups(num_heads: int, num_key_heads: int, num_groups: int) -> list[tuple[slice, slice]]:
+    """Cut the key heads into nearly equal runs: the key heads and the query heads that read them, for each run."""
+    num_groups = max(1, min(num_groups, num_key_heads))
+    bounds = [num_key_heads * index // num_groups for index in range(num_groups + 1)]
+    per_key = num_heads // num_key_heads
+    return [(slice(start, stop), slice(start * per_key, stop * per_key)) for start, stop in pairwise(bounds)]
 
 
 def attend_blocks(
@@ -141,10 +150,7 @@ def attend_blocks(
     """Run the forward of each block and merge it into ``result``, which holds the query rows ``held``."""
     for block in blocks:
         q = queries.q[block.queries.relative_to(queries.held), keys.query_heads]
-        index = block.keys.relative_to(keys.held)
-        out, lse = call.kernel.forward(
-            q, keys.k[index], keys.v[index], block.segments, causal=block.causal, scale=call.scale
-        )
+        out, lse = call.kernel.forward(q, *keys.read(block), block.segments, mask=block.mask, scale=call.scale)
         result.add(block.queries.relative_to(held), out, lse, keys.query_heads)
 
 
@@ -156,27 +162,29 @@ def differentiate_blocks(
     keys: KeyRows,
     query_sums: GradientSums,
     key_sums: GradientSums,
+    key_heads: slice = ALL_HEADS,
 ) -> None:
     """Run the backward of each block and add to the sums of both sides.
 
-    ``query_sums`` holds ``dq`` of all query heads, ``key_sums`` holds ``dk`` and ``dv`` of the heads of ``keys``.
+    ``query_sums`` holds ``dq`` of all query heads; ``key_sums`` holds ``dk`` and ``dv``, of which ``key_heads`` are those
+    of ``keys``.
     """
     heads = keys.query_heads
     for block in blocks:
         rows = block.queries.relative_to(queries.held)
-        index = block.keys.relative_to(keys.held)
         dq, dk, dv = call.kernel.backward(
             gradient.dout[rows, heads],
             queries.q[rows, heads],
-            keys.k[index],
-            keys.v[index],
+            *keys.read(block),
             None if gradient.out is None else gradient.out[rows, heads],
             gradient.lse[heads, rows],
-            gradient.delta[heads, rows],
+            None if gradient.delta is None else gradient.delta[heads, rows],
             block.segments,
-            causal=block.causal,
+            mask=block.mask,
             scale=call.scale,
             deterministic=call.deterministic,
         )
         query_sums.add(block.queries, (dq,), heads)
-        key_sums.add(block.keys, (dk, dv))
+        if block.pick is not None:
+            dk, dv = (return_rows(x, block.pick, len(block.keys)) for x in (dk, dv))
+        key_sums.add(block.keys, (dk, dv), key_heads)

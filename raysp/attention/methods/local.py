@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from raysp.attention.methods.call import AttentionCall, OutputGradient, Saved
-from raysp.attention.schedule import document_block
+from raysp.attention.methods.call import AttentionCall, Saved
 
 
 class Local:
@@ -13,22 +12,25 @@ class Local:
 
     def forward(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """Attend; rows are all tokens in natural order."""
-        block = document_block(call.layout, causal=call.causal)
-        out, lse = call.kernel.forward(q, k, v, block.segments, causal=call.causal, scale=call.scale)
+        out, lse = document_attention(call, q, k, v)
         return out, (q, k, v, out, lse)
 
     def backward(self, call: AttentionCall, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of all tokens."""
-        q, k, v, out, lse = saved
-        return document_gradients(call, q, k, v, out, lse, dout)
+        return document_gradients(call, saved, dout)
 
 
-def document_gradients(
-    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def document_attention(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output in the input dtype and LSE where this rank holds all tokens in natural order, of some or all heads."""
+    block = call.schedule.whole()
+    out, lse = call.kernel.forward(q, k, v, block.segments, mask=block.mask, scale=call.scale)
+    return out.to(q.dtype), lse
+
+
+def document_gradients(call: AttentionCall, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients where this rank holds all tokens in natural order, of some or all heads."""
-    block = document_block(call.layout, causal=call.causal)
-    gradient = OutputGradient.of(dout, out, lse)
+    q, k, v, out, lse = saved
+    block = call.schedule.whole()
     return call.kernel.backward(
         dout,
         q,
@@ -36,9 +38,9 @@ def document_gradients(
         v,
         out,
         lse,
-        gradient.delta,
+        None,
         block.segments,
-        causal=call.causal,
+        mask=block.mask,
         scale=call.scale,
         deterministic=call.deterministic,
     )

@@ -2,7 +2,9 @@
 
 The plain ring is one stream that carries all key heads. The bidirectional ring is two streams that carry half of
 the key heads each, in opposite directions; a single key head is shared by key rows instead. In the backward the sums
-dk, dv follow their keys through the ring, one hop behind, and the last visitor sends them home.
+dk, dv follow their keys through the ring, one hop behind, and the last visitor sends them home. Half of the work on a
+rank's own keys is kept for that last exchange, so that it is hidden like the others. Under a window keys are done after
+few hops, and gradients go straight home from where they were made.
 
 Source: ring attention (arXiv:2310.01889); zigzag order: llama 3 and ring-flash-attention's measurements.
 """
@@ -14,12 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raysp.attention.blocks import Block, Rows
 from raysp.attention.itinerary import Itinerary, least_itinerary
-from raysp.attention.merge import PartialResult
+from raysp.attention.merge import ALL_HEADS, GradientSums, PartialResult, accumulation_dtype
 from raysp.attention.methods.call import (
-    ALL_HEADS,
     AttentionCall,
-    GradientSums,
     KeyRows,
     OutputGradient,
     QueryRows,
@@ -27,8 +28,8 @@ from raysp.attention.methods.call import (
     all_rows,
     attend_blocks,
     differentiate_blocks,
+    head_groups,
 )
-from raysp.attention.schedule import Block, Rows, pair_blocks
 from raysp.comm import Message, exchange
 
 
@@ -55,36 +56,37 @@ class KeyRing:
         """Attend to the keys of each rank as they come by."""
         streams = self._streams(call, q.shape[1], k.shape[1], with_return=False)
         travellers = [_Traveller(call, stream, k, v) for stream in streams]
-        queries, result = QueryRows(all_rows(q), q), PartialResult(q.shape[0], q)
-        for hop in range(call.layout.degree):
+        queries, result = QueryRows(all_rows(q), q), PartialResult(q.shape[0], q, call.most_partials)
+        for hop in range(call.degree):
             sends: list[Message] = []
             recvs: list[Message] = []
             for traveller in travellers:
                 traveller.move_keys(hop, sends, recvs)
             pending = exchange(sends, recvs, call.group)
             if hop == 0:
-                own = pair_blocks(call.layout, call.group_rank, call.group_rank, causal=call.causal)
-                attend_blocks(call, own, queries, KeyRows(all_rows(k), k, v), result, queries.held)
+                attend_blocks(call, call.own_blocks(), queries, KeyRows(all_rows(k), k, v), result, queries.held)
             else:
                 for traveller in travellers:
                     attend_blocks(call, traveller.blocks(hop), queries, traveller.keys, result, queries.held)
             pending.wait()
             for traveller in travellers:
                 traveller.arrive()
-        out = result.out.to(q.dtype)
-        return out, (q, k, v, out, result.lse)
+        out, lse = result.finished()
+        return out, (q, k, v, out, lse)
 
     def backward(self, call: AttentionCall, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate the keys again, and their gradients one hop behind."""
         q, k, v, out, lse = saved
-        queries, gradient = QueryRows(all_rows(q), q), OutputGradient.of(dout, out, lse)
-        dq, own = GradientSums(queries.held, q, 1), GradientSums(all_rows(k), k, 2)
-        blocks = pair_blocks(call.layout, call.group_rank, call.group_rank, causal=call.causal)
+        queries, gradient = QueryRows(all_rows(q), q), OutputGradient(dout, lse, out)
+        num_terms = call.most_partials
+        dq, own = GradientSums(queries.held, q, 1, num_terms), GradientSums(all_rows(k), k, 2, num_terms)
+        own_keys = KeyRows(own.held, k, v)
+        first, *last = head_groups(q.shape[1], k.shape[1], 2)
         travellers = [
             _Traveller(call, stream, k, v) for stream in self._streams(call, q.shape[1], k.shape[1], with_return=True)
         ]
         # One more hop than ranks: the last brings the sums home.
-        for hop in range(call.layout.degree + 1):
+        for hop in range(call.degree + 1):
             sends: list[Message] = []
             recvs: list[Message] = []
             for traveller in travellers:
@@ -92,43 +94,47 @@ class KeyRing:
                 traveller.move_sums(hop, sends, recvs)
             pending = exchange(sends, recvs, call.group)
             fresh: list[GradientSums] = []
-            if hop == 0:
-                differentiate_blocks(call, blocks, queries, gradient, KeyRows(all_rows(k), k, v), dq, own)
-            elif hop < call.layout.degree:
+            if 0 < hop < call.degree:
                 for traveller in travellers:
                     sums = traveller.empty_sums(hop)
                     differentiate_blocks(call, traveller.blocks(hop), queries, gradient, traveller.keys, dq, sums)
                     fresh.append(sums)
+            else:
+                for heads in [first] if hop == 0 else last:
+                    keys = own_keys.of_heads(*heads)
+                    differentiate_blocks(call, call.own_blocks(), queries, gradient, keys, dq, own, heads[0])
             pending.wait()
             for traveller in travellers:
                 traveller.arrive()
+                if traveller.returned is not None and len(traveller.returned[0]):
+                    own.add(*traveller.returned, traveller.stream.key_heads)
             for traveller, sums in zip(travellers, fresh, strict=False):
                 traveller.collect(sums)
-        for traveller in travellers:
-            if traveller.returned is not None:
-                own.add(traveller.returned.held, traveller.returned.sums, traveller.stream.key_heads)
         return dq.sums[0], own.sums[0], own.sums[1]
 
     def _streams(self, call: AttentionCall, num_heads: int, num_key_heads: int, *, with_return: bool) -> list[Stream]:
-        layout = call.layout
+        schedule = call.schedule
+        # Whole documents, the third part of a zigzag layout, stay at home.
+        travelling_parts = range(min(2, len(schedule.key_layout.parts(0))))
+        if not self.bidirectional and schedule.mask.window is None:
+            return [Stream(least_itinerary(schedule, side="keys", with_return=with_return), ALL_HEADS, ALL_HEADS)]
         if not self.bidirectional:
-            itinerary = least_itinerary(layout, side="keys", causal=call.causal, with_return=with_return)
-            return [Stream(itinerary, ALL_HEADS, ALL_HEADS)]
+            # A window wants a rank's first chunks at the next rank and its second chunks at the one before: each part
+            # goes the way on which it is done after a few hops.
+            return [
+                Stream(least_itinerary(schedule, side="keys", with_return=False, key_part=part), ALL_HEADS, ALL_HEADS)
+                for part in travelling_parts
+            ]
         if num_key_heads == 1:
             # One head cannot be halved: first chunks go one way, second chunks the other.
-            num_parts = len(layout.parts(0))
             return [
-                Stream(Itinerary(layout, direction, "keys", call.causal, key_part=part), ALL_HEADS, ALL_HEADS)
-                for part, direction in zip(range(min(2, num_parts)), (1, -1), strict=False)
+                Stream(Itinerary(schedule, direction, "keys", key_part=part), ALL_HEADS, ALL_HEADS)
+                for part, direction in zip(travelling_parts, (1, -1), strict=False)
             ]
-        group, half = num_heads // num_key_heads, num_key_heads // 2
+        halves = head_groups(num_heads, num_key_heads, 2)
         return [
-            Stream(
-                Itinerary(layout, direction, "keys", call.causal),
-                slice(start, stop),
-                slice(start * group, stop * group),
-            )
-            for direction, start, stop in ((1, 0, half), (-1, half, num_key_heads))
+            Stream(Itinerary(schedule, direction, "keys"), *half)
+            for direction, half in zip((1, -1), halves, strict=True)
         ]
 
 
@@ -137,25 +143,29 @@ class _Traveller:
 
     def __init__(self, call: AttentionCall, stream: Stream, k: Tensor, v: Tensor) -> None:
         self.stream = stream
-        self.returned: GradientSums | None = None
+        self.returned: tuple[Rows, list[Tensor]] | None = None
         self._route = stream.itinerary
-        self._degree = call.layout.degree
+        self._degree = call.degree
         self._group_rank = call.group_rank
+        self._num_terms = call.most_partials - 1
+        self._straight_home = call.schedule.mask.window is not None
         self._like = k[:, stream.key_heads]
         # A copy where only some heads travel: messages must be contiguous.
         kept = [x[:, stream.key_heads].contiguous() for x in (k, v)]
         self.keys = KeyRows(all_rows(k), kept[0], kept[1], stream.query_heads)
         self._next_keys: KeyRows | None = None
         self._sums: GradientSums | None = None
-        self._incoming: GradientSums | None = None
+        self._incoming: tuple[Rows, list[Tensor]] | None = None
 
     def blocks(self, hop: int) -> tuple[Block, ...]:
         """Work with the keys that are here at this hop."""
         return self._route.blocks(self._owner(hop), hop)
 
     def empty_sums(self, hop: int) -> GradientSums:
-        """Zero sums for everything collected up to this hop."""
-        return GradientSums(self._route.collected(self._owner(hop), hop), self._like, 2)
+        """Zero sums for what this hop gives back: with what was collected before, or only its own where that is home."""
+        owner = self._owner(hop)
+        rows = self._route.touched(owner, hop) if self._straight_home else self._route.collected(owner, hop)
+        return GradientSums(rows, self._like, 2, self._num_terms)
 
     def move_keys(self, hop: int, sends: list[Message], recvs: list[Message]) -> None:
         """Post the keys of this hop to where they are needed next, and a buffer for those of the next hop."""
@@ -173,14 +183,22 @@ class _Traveller:
         """Post the sums made at the hop before, and a buffer for those that the visitor before us made."""
         if hop < 2:
             return
+        dtype = self._sum_dtype
         if self._sums is not None:
-            sends += [Message(tensor, self._next_rank) for tensor in self._sums.sums]
-        # At the last hop the sums that come are our own, back home.
-        coming = self._route.collected(self._owner(hop), hop - 1)
-        self._incoming = GradientSums(coming, self._like, 2)
-        recvs += [Message(tensor, self._previous_rank) for tensor in self._incoming.sums]
-        if hop == self._degree:
-            self.returned = self._incoming
+            target = self._owner(hop - 1) if self._straight_home else self._next_rank
+            sends += [Message(tensor.to(dtype).contiguous(), target) for tensor in self._sums.sums]
+        if self._straight_home:
+            coming = self._route.touched(self._group_rank, hop - 1)
+            source = self._route.visitor(self._group_rank, hop - 1)
+        else:
+            coming, source = self._route.collected(self._owner(hop), hop - 1), self._previous_rank
+        incoming = coming, self._buffers(coming, dtype)
+        recvs += [Message(tensor, source) for tensor in incoming[1]]
+        # At the last hop the sums that come around the ring are our own, back home.
+        if self._straight_home or hop == self._degree:
+            self.returned = incoming
+        else:
+            self._incoming = incoming
 
     def arrive(self) -> None:
         """The exchange is over: what was next is now here."""
@@ -189,9 +207,14 @@ class _Traveller:
 
     def collect(self, sums: GradientSums) -> None:
         """Add what came with the ring to this hop's own gradients."""
-        if self._incoming is not None and len(self._incoming.held):
-            sums.add(self._incoming.held, self._incoming.sums)
+        if self._incoming is not None and len(self._incoming[0]):
+            sums.add(*self._incoming)
         self._sums = sums
+
+    @property
+    def _sum_dtype(self) -> torch.dtype:
+        """Of sums that travel: with two ranks a single kernel call made them, so wider ones would say no more."""
+        return self._like.dtype if self._degree == 2 else accumulation_dtype(self._like.dtype)
 
     def _buffers(self, rows: Rows, dtype: torch.dtype) -> list[Tensor]:
         shape = (len(rows), *self._like.shape[1:])

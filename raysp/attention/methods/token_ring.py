@@ -1,7 +1,8 @@
 """TokenRing: keys stay, queries travel one way, results go straight back to their owner.
 
 At every hop a rank sends the queries on, and the result of the hop before to whoever owns it, in one batch of both
-directions. The backward rotates (q, dout, lse, delta) and returns dq; dk and dv stay where the keys are.
+directions. The backward rotates (q, dout, lse, delta) and returns dq; dk and dv stay where the keys are. Half of the
+work on a rank's own queries is kept for the last exchange, which carries nothing but results, so that it is hidden too.
 
 Source: TokenRing (arXiv:2412.20501). Its published code has no backward, no GQA and a wrong mask in one variant.
 """
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raysp.attention.blocks import NO_ROWS, Rows
 from raysp.attention.itinerary import Itinerary, least_itinerary
-from raysp.attention.merge import PartialResult, accumulation_dtype
+from raysp.attention.kernels.delta import output_delta
+from raysp.attention.merge import GradientSums, PartialResult, accumulation_dtype
 from raysp.attention.methods.call import (
     AttentionCall,
-    GradientSums,
     KeyRows,
     OutputGradient,
     QueryRows,
@@ -25,8 +27,8 @@ from raysp.attention.methods.call import (
     all_rows,
     attend_blocks,
     differentiate_blocks,
+    head_groups,
 )
-from raysp.attention.schedule import Block, Rows, pair_blocks
 from raysp.comm import Message, exchange
 
 
@@ -35,54 +37,67 @@ class TokenRing:
 
     def forward(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """Send queries around and gather their partial results."""
-        route = least_itinerary(call.layout, side="queries", causal=call.causal, with_return=False)
-        keys, own_rows = KeyRows(all_rows(k), k, v), all_rows(q)
-        result = PartialResult(q.shape[0], q)
-        held = _Held(own_rows, (q.contiguous(),))
+        route = least_itinerary(call.schedule, side="queries", with_return=False)
+        keys, own = KeyRows(all_rows(k), k, v), QueryRows(all_rows(q), q)
+        result = PartialResult(q.shape[0], q, call.most_partials)
+        first, *last = head_groups(q.shape[1], k.shape[1], 2)
+        held = _Held(own.held, (q.contiguous(),))
         finished: tuple[Tensor, ...] = ()
-        for hop in range(call.layout.degree + 1):
+        for hop in range(call.degree + 1):
             move = _Move(call, route, hop)
             arriving = move.pass_on(held)
-            returns = move.give_back(finished, _result_shapes(q))
+            returns = move.give_back(finished, _result_shapes(q), q.device)
             pending = exchange(move.sends, move.recvs, call.group)
-            if hop < call.layout.degree:
-                blocks, rows = _work(call, route, hop, own_rows)
-                partial = result if hop == 0 else PartialResult(len(rows), q)
-                attend_blocks(call, blocks, QueryRows(held.rows, held.tensors[0]), keys, partial, rows)
-                finished = (partial.out.to(q.dtype), partial.lse.transpose(0, 1).contiguous())
+            if 0 < hop < call.degree:
+                owner = route.owner(call.group_rank, hop)
+                rows = route.touched(owner, hop)
+                partial = PartialResult(len(rows), q, call.most_partials)
+                attend_blocks(
+                    call, route.blocks(owner, hop), QueryRows(held.rows, held.tensors[0]), keys, partial, rows
+                )
+                out, lse = partial.finished()
+                finished = (out.contiguous(), lse.transpose(0, 1).contiguous())
+            else:
+                for heads in [first] if hop == 0 else last:
+                    attend_blocks(call, call.own_blocks(), own, keys.of_heads(*heads), result, own.held)
             pending.wait()
-            if returns.tensors and len(returns.rows):
+            if len(returns.rows):
                 out, lse = returns.tensors
                 result.add(returns.rows.index, out, lse.transpose(0, 1))
             held = arriving
-        out = result.out.to(q.dtype)
-        return out, (q, k, v, out, result.lse)
+        out, lse = result.finished()
+        return out, (q, k, v, out, lse)
 
     def backward(self, call: AttentionCall, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Send queries and their output gradients around and gather dq."""
         q, k, v, out, lse = saved
-        route = least_itinerary(call.layout, side="queries", causal=call.causal, with_return=False)
-        keys, own_rows = KeyRows(all_rows(k), k, v), all_rows(q)
-        gradient = OutputGradient.of(dout, out, lse)
-        dq, dkv = GradientSums(own_rows, q, 1), GradientSums(keys.held, k, 2)
+        route = least_itinerary(call.schedule, side="queries", with_return=False)
+        keys, own = KeyRows(all_rows(k), k, v), QueryRows(all_rows(q), q)
+        gradient = OutputGradient(dout, lse, out)
+        num_terms = call.most_partials
+        dq, dkv = GradientSums(own.held, q, 1, num_terms), GradientSums(keys.held, k, 2, num_terms)
+        first, *last = head_groups(q.shape[1], k.shape[1], 2)
         # lse and delta travel as one message, rows first so that a range of rows is contiguous.
-        statistics = torch.stack((lse, gradient.delta), dim=-1).transpose(0, 1).contiguous()
-        held = _Held(own_rows, (q.contiguous(), dout.contiguous(), statistics))
+        statistics = torch.stack((lse, output_delta(dout, out)), dim=-1).transpose(0, 1).contiguous()
+        held = _Held(own.held, (q.contiguous(), dout.contiguous(), statistics))
         finished: tuple[Tensor, ...] = ()
-        for hop in range(call.layout.degree + 1):
+        for hop in range(call.degree + 1):
             move = _Move(call, route, hop)
             arriving = move.pass_on(held)
-            returns = move.give_back(finished, ((q.dtype, q.shape[1:]),))
+            returns = move.give_back(finished, ((q.dtype, q.shape[1:]),), q.device)
             pending = exchange(move.sends, move.recvs, call.group)
-            if hop < call.layout.degree:
-                blocks, rows = _work(call, route, hop, own_rows)
-                sums = dq if hop == 0 else GradientSums(rows, q, 1)
-                visiting = gradient if hop == 0 else _visiting_gradient(held)
-                queries = QueryRows(held.rows, held.tensors[0])
-                differentiate_blocks(call, blocks, queries, visiting, keys, sums, dkv)
-                finished = (sums.sums[0].to(q.dtype),)
+            if 0 < hop < call.degree:
+                owner = route.owner(call.group_rank, hop)
+                sums = GradientSums(route.touched(owner, hop), q, 1, num_terms)
+                queries, visiting = QueryRows(held.rows, held.tensors[0]), _visiting_gradient(held)
+                differentiate_blocks(call, route.blocks(owner, hop), queries, visiting, keys, sums, dkv)
+                finished = (sums.sums[0].to(q.dtype).contiguous(),)
+            else:
+                for heads in [first] if hop == 0 else last:
+                    some = keys.of_heads(*heads)
+                    differentiate_blocks(call, call.own_blocks(), own, gradient, some, dq, dkv, heads[0])
             pending.wait()
-            if returns.tensors and len(returns.rows):
+            if len(returns.rows):
                 dq.add(returns.rows, returns.tensors)
             held = arriving
         return dq.sums[0], dkv.sums[0], dkv.sums[1]
@@ -105,7 +120,7 @@ class _Move:
         self._route = route
         self._hop = hop
         self._group_rank = call.group_rank
-        self._degree = call.layout.degree
+        self._degree = call.degree
 
     def pass_on(self, held: _Held) -> _Held:
         """Post the held queries to the next rank; return what will be held after the exchange."""
@@ -121,32 +136,28 @@ class _Move:
         self.recvs += [Message(buffer, previous_rank) for buffer in buffers]
         return _Held(coming, buffers)
 
-    def give_back(self, finished: tuple[Tensor, ...], shapes: tuple[tuple[torch.dtype, torch.Size], ...]) -> _Held:
+    def give_back(
+        self,
+        finished: tuple[Tensor, ...],
+        shapes: tuple[tuple[torch.dtype, torch.Size], ...],
+        device: torch.device,
+    ) -> _Held:
         """Post the results of the hop before to their owner; return the rows and buffers of our own results."""
         past = self._hop - 1
         if past < 1:
-            return _Held(Rows(0, 0), ())
+            return _Held(NO_ROWS, ())
         owner, visitor = self._route.owner(self._group_rank, past), self._route.visitor(self._group_rank, past)
         self.sends += [Message(tensor, owner) for tensor in finished]
         rows = self._route.touched(self._group_rank, past)
-        device = finished[0].device
         buffers = tuple(torch.empty((len(rows), *shape), dtype=dtype, device=device) for dtype, shape in shapes)
         self.recvs += [Message(buffer, visitor) for buffer in buffers]
         return _Held(rows, buffers)
 
 
-def _work(call: AttentionCall, route: Itinerary, hop: int, own_rows: Rows) -> tuple[tuple[Block, ...], Rows]:
-    """Blocks of this rank at this hop, and the query rows of the owner that they write."""
-    if hop == 0:
-        return pair_blocks(call.layout, call.group_rank, call.group_rank, causal=call.causal), own_rows
-    owner = route.owner(call.group_rank, hop)
-    return route.blocks(owner, hop), route.touched(owner, hop)
-
-
 def _visiting_gradient(held: _Held) -> OutputGradient:
     _, dout, statistics = held.tensors
     lse, delta = statistics.transpose(0, 1).unbind(dim=-1)
-    return OutputGradient(dout, lse.contiguous(), delta.contiguous(), None)
+    return OutputGradient(dout, lse.contiguous(), None, delta.contiguous())
 
 
 def _result_shapes(q: Tensor) -> tuple[tuple[torch.dtype, torch.Size], ...]:

@@ -1,52 +1,89 @@
 """Ulysses: all-to-alls turn a shard of the tokens with all heads into all tokens with a share of the heads.
 
-Attention is then local. With more ranks than key heads, key heads are replicated: each rank gets the one that its query
-heads read, and the owner of the rows sums the gradients of the copies.
+Attention is then local, or, where there are more ranks than heads, another method's work: groups of neighbouring ranks
+trade heads, and ranks at the same place in their groups run the inner method on what their groups hold. With more ranks
+than key heads, key heads are replicated: each rank gets the one that its query heads read, and the owner of the rows
+sums the gradients of the copies.
 
-Symbols: N degree, T local rows, S all tokens, Hq, Hk heads, h query heads of a rank.
+Symbols: N degree, u ranks that trade heads, T local rows, S tokens of u ranks, Hq, Hk heads.
 
-Source: DeepSpeed Ulysses (arXiv:2309.14509).
+Sources: DeepSpeed Ulysses (arXiv:2309.14509); USP (arXiv:2405.07719) for the two dimensions.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from raysp.attention.layout import SequenceLayout
 from raysp.attention.merge import accumulation_dtype
-from raysp.attention.methods.call import AttentionCall, Saved
-from raysp.attention.methods.local import document_gradients
-from raysp.attention.schedule import document_block
-from raysp.comm import all_to_all_rows
+from raysp.attention.methods.call import AttentionCall, Method, Saved
+from raysp.attention.methods.local import document_attention, document_gradients
+from raysp.attention.schedule import schedule_of
+from raysp.comm import Communicator, all_to_all_rows
 from raysp.errors import InputError
 
 
 class Ulysses:
-    """See ``raysp.attention.methods.call.Method``."""
+    """One dimension: all ranks trade heads; see ``raysp.attention.methods.call.Method``."""
 
     def forward(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """Trade tokens for heads, attend, trade back."""
-        check_heads(call.layout.degree, q.shape[1], k.shape[1])
-        num_copies = max(1, call.layout.degree // call.num_key_heads)
-        q_all = _to_heads(call, q)
-        k_all, v_all = (_to_heads(call, x.repeat_interleave(num_copies, dim=1)) for x in (k, v))
-        block = document_block(call.layout, causal=call.causal)
-        out, lse = call.kernel.forward(q_all, k_all, v_all, block.segments, causal=call.causal, scale=call.scale)
-        return _to_tokens(call, out), (q_all, k_all, v_all, out, lse)
+        check_heads(call.degree, q.shape[1], k.shape[1])
+        trade = _Trade(call.group, call.schedule.layout, call.schedule.key_layout, call.num_key_heads)
+        all_heads = trade.to_heads(q, k, v)
+        out, lse = document_attention(call, *all_heads)
+        return trade.to_tokens(out), (*all_heads, out, lse)
 
     def backward(self, call: AttentionCall, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same trades in reverse."""
-        q, k, v, out, lse = saved
-        dout_all = _to_heads(call, dout)
-        dq, dk, dv = document_gradients(call, q, k, v, out, lse, dout_all)
-        dk, dv = (_sum_copies(call, _to_tokens(call, x.to(k.dtype))) for x in (dk, dv))
-        return _to_tokens(call, dq.to(q.dtype)), dk, dv
+        trade = _Trade(call.group, call.schedule.layout, call.schedule.key_layout, call.num_key_heads)
+        return trade.gradients_to_tokens(*document_gradients(call, saved, trade.queries_to_heads(dout)), saved[0].dtype)
+
+
+@dataclass(frozen=True)
+class UlyssesRing:
+    """Two dimensions: neighbours trade heads, the inner method runs across; see ``raysp.attention.methods.call.Method``.
+
+    Attributes:
+        inner: The method across groups.
+    """
+
+    inner: Method
+
+    def forward(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+        """Trade tokens for heads among neighbours, attend across, trade back."""
+        trade, across = _two_dimensions(call, q.shape[1])
+        out, saved = self.inner.forward(across, *trade.to_heads(q, k, v))
+        return trade.to_tokens(out), saved
+
+    def backward(self, call: AttentionCall, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same trades in reverse."""
+        trade, across = _two_dimensions(call, dout.shape[1])
+        gradients = self.inner.backward(across, saved, trade.queries_to_heads(dout))
+        return trade.gradients_to_tokens(*gradients, dout.dtype)
 
 
 def heads_divide(degree: int, num_heads: int, num_key_heads: int) -> bool:
     """Whether each rank can have an equal share of the heads."""
     return num_heads % degree == 0 and (num_key_heads % degree == 0 or degree % num_key_heads == 0)
+
+
+def neighbours_that_trade(degree: int, num_heads: int, num_key_heads: int) -> int:
+    """The largest part of a group whose ranks can share out the heads, smaller than the group itself.
+
+    Raises:
+        InputError: Not even two neighbours can.
+    """
+    for factor in range(degree - 1, 1, -1):
+        if degree % factor == 0 and heads_divide(factor, num_heads, num_key_heads):
+            return factor
+    raise InputError(
+        f"ulysses_ring cannot share {num_heads} query and {num_key_heads} key heads among a part of a group of degree "
+        f"{degree}; expected a divisor of the degree, above 1 and below it, that divides the heads. Use method 'ring'."
+    )
 
 
 def check_heads(degree: int, num_heads: int, num_key_heads: int) -> None:
@@ -67,36 +104,123 @@ def check_heads(degree: int, num_heads: int, num_key_heads: int) -> None:
         )
 
 
-def _sum_copies(call: AttentionCall, gradient: Tensor) -> Tensor:
-    """``[T, copies*Hk, D]`` -> ``[T, Hk, D]`` in fp32 or fp64."""
-    wide = gradient.to(accumulation_dtype(gradient.dtype))
-    return wide.unflatten(1, (call.num_key_heads, -1)).sum(dim=2)
+class _Trade:
+    """All-to-alls among the ranks of one group, with the row order of their joint layout.
+
+    Args:
+        group: The ranks that trade.
+        layout: Of the queries of these ranks; its degree may be larger: then ``first_rank`` is the group's first.
+        key_layout: Of the keys.
+        num_key_heads: Hk before the trade.
+        first_rank: Rank of the layout that the group's first rank is.
+        joint: Layouts whose rank ``joint_rank`` holds the rows of all ranks of the group; natural order by default.
+        joint_rank: See ``joint``.
+    """
+
+    def __init__(
+        self,
+        group: Communicator,
+        layout: SequenceLayout,
+        key_layout: SequenceLayout,
+        num_key_heads: int,
+        first_rank: int = 0,
+        joint: tuple[SequenceLayout, SequenceLayout] | None = None,
+        joint_rank: int = 0,
+    ) -> None:
+        self._group = group
+        self._num_key_heads = num_key_heads
+        self._copies = max(1, group.degree // num_key_heads)
+        self._queries = _RowOrder(layout, first_rank, group.degree, joint and joint[0], joint_rank)
+        self._keys = _RowOrder(key_layout, first_rank, group.degree, joint and joint[1], joint_rank)
+
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All tokens of a share of the heads; key heads are copied where there are too few."""
+        k, v = (x if self._copies == 1 else x.repeat_interleave(self._copies, dim=1) for x in (k, v))
+        return self.queries_to_heads(q), self._to_heads(k, self._keys), self._to_heads(v, self._keys)
+
+    def queries_to_heads(self, q: Tensor) -> Tensor:
+        """All tokens of a share of the query heads: ``[T, H, D]`` -> ``[S, H/u, D]``."""
+        return self._to_heads(q, self._queries)
+
+    def to_tokens(self, out: Tensor) -> Tensor:
+        """The reverse for query rows: ``[S, H/u, D]`` -> ``[T, H, D]``."""
+        return self._to_tokens(out, self._queries)
+
+    def gradients_to_tokens(
+        self, dq: Tensor, dk: Tensor, dv: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The reverse for all gradients, in ``dtype`` on the way; copies of key heads are summed in fp32 or fp64."""
+        # Copies travel as their kernel gave them: rounding each would add up with their number.
+        dk, dv = (self._to_tokens(x if self._copies > 1 else x.to(dtype), self._keys) for x in (dk, dv))
+        if self._copies > 1:
+            wide = accumulation_dtype(dtype)
+            dk, dv = (x.to(wide).unflatten(1, (self._num_key_heads, -1)).sum(dim=2) for x in (dk, dv))
+        return self.to_tokens(dq.to(dtype)), dk, dv
+
+    def _to_heads(self, local: Tensor, order: _RowOrder) -> Tensor:
+        degree = self._group.degree
+        by_rank = local.unflatten(1, (degree, -1)).transpose(0, 1).flatten(0, 1)
+        joined = all_to_all_rows(by_rank, [local.shape[0]] * degree, order.counts, self._group)
+        return joined.index_select(0, order.on(local.device)[0])
+
+    def _to_tokens(self, shared: Tensor, order: _RowOrder) -> Tensor:
+        by_rank = shared.index_select(0, order.on(shared.device)[1])
+        mine = order.counts[self._group.group_rank]
+        joined = all_to_all_rows(by_rank, order.counts, [mine] * self._group.degree, self._group)
+        return joined.unflatten(0, (self._group.degree, mine)).transpose(0, 1).flatten(1, 2)
 
 
-def _to_heads(call: AttentionCall, local: Tensor) -> Tensor:
-    """``[T, H, D]`` of this rank's tokens -> ``[S, H/N, D]`` of this rank's heads, natural token order."""
-    degree = call.layout.degree
-    by_rank = local.unflatten(1, (degree, -1)).transpose(0, 1).flatten(0, 1)
-    counts = [call.layout.local_tokens(rank) for rank in range(degree)]
-    joined = all_to_all_rows(by_rank, [local.shape[0]] * degree, counts, call.group)
-    return joined.index_select(0, _natural_order(call.layout, local.device)[0])
+class _RowOrder:
+    """Rows of some ranks joined rank by rank, against their order on the one rank of a joint layout."""
+
+    def __init__(
+        self, layout: SequenceLayout, first_rank: int, num_ranks: int, joint: SequenceLayout | None, joint_rank: int
+    ) -> None:
+        self.counts = [layout.local_tokens(first_rank + place) for place in range(num_ranks)]
+        self._layout = layout
+        self._first_rank = first_rank
+        self._joint = joint
+        self._joint_rank = joint_rank
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Joint order from rank by rank, and the inverse; int64 ``[S]`` each, made once for a layout."""
+        key = ("row_order", self._first_rank, len(self.counts), self._joint, device)
+        return self._layout.memo(key, lambda: self._build(device))
+
+    def _build(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        ranks = range(self._first_rank, self._first_rank + len(self.counts))
+        tokens = torch.cat([self._layout.token_indices(rank) for rank in ranks])
+        to_natural = torch.argsort(tokens)
+        if self._joint is None:
+            return to_natural.to(device), tokens.to(device)
+        place_in_joint = torch.argsort(self._joint.token_indices(self._joint_rank))
+        # The n-th token in natural order lies at to_natural[n] here and at place_in_joint[n] there.
+        forward = torch.empty_like(to_natural)
+        forward[place_in_joint] = to_natural
+        return forward.to(device), torch.argsort(forward).to(device)
 
 
-def _to_tokens(call: AttentionCall, shared: Tensor) -> Tensor:
-    """The inverse: ``[S, h, D]`` of this rank's heads -> ``[T, N*h, D]`` of this rank's tokens."""
-    degree = call.layout.degree
-    by_rank = shared.index_select(0, _natural_order(call.layout, shared.device)[1])
-    counts = [call.layout.local_tokens(rank) for rank in range(degree)]
-    mine = counts[call.group_rank]
-    joined = all_to_all_rows(by_rank, counts, [mine] * degree, call.group)
-    return joined.unflatten(0, (degree, mine)).transpose(0, 1).flatten(1, 2)
-
-
-def _natural_order(layout: SequenceLayout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each global token lies in the concatenation of the ranks' rows, and the inverse map; int64 ``[S]``."""
-
-    def build() -> tuple[Tensor, Tensor]:
-        tokens = torch.cat([layout.token_indices(rank) for rank in range(layout.degree)])
-        return torch.argsort(tokens).to(device), tokens.to(device)
-
-    return layout.memo(("natural_order", device), build)
+def _two_dimensions(call: AttentionCall, num_heads: int) -> tuple[_Trade, AttentionCall]:
+    """The trade of this rank's neighbours, and the inner call across their groups."""
+    factor = neighbours_that_trade(call.degree, num_heads, call.num_key_heads)
+    schedule, me = call.schedule, call.group_rank
+    first_rank, place = me - me % factor, me % factor
+    joint = schedule.layout.coarsened(factor), schedule.key_layout.coarsened(factor)
+    trade = _Trade(
+        call.group.subset(range(first_rank, first_rank + factor)),
+        schedule.layout,
+        schedule.key_layout,
+        call.num_key_heads,
+        first_rank,
+        joint,
+        me // factor,
+    )
+    across = AttentionCall(
+        schedule=schedule_of(joint[0], schedule.mask, joint[1]),
+        group=call.group.subset(range(place, call.degree, factor)),
+        num_key_heads=max(1, call.num_key_heads // factor),
+        kernel=call.kernel,
+        scale=call.scale,
+        deterministic=call.deterministic,
+    )
+    return trade, across

@@ -58,11 +58,14 @@ def test_inputs_that_are_views_of_another_memory_order_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": 4}, "window = 4 is not supported yet"),
-        ({"kv_layout": SequenceLayout([3], 1)}, "kv_layout is not supported yet"),
+        ({"window": 0}, "window is 0; expected"),
+        ({"window": 4, "causal": False}, "expected a causal call"),
+        ({"kv_layout": SequenceLayout([3], 1), "causal": False}, "1 documents, layout degree 1 and 2"),
+        ({"kv_layout": SequenceLayout([5, 8], 1)}, "expected causal = False for cross attention"),
+        ({"kv_layout": SequenceLayout([5, 8], 1), "causal": False}, "expected 13 rows of k, v, the kv_layout's"),
         ({"method": "rsa"}, "'rsa' is not supported yet"),
         ({"method": "rings"}, "'rings' is unknown"),
-        ({"kernel": "fa4"}, "not supported yet"),
+        ({"kernel": "fa4"}, "expected bf16 or fp16 on CUDA"),
         ({"layout": SequenceLayout([5, 6], 1)}, "expected 11 rows"),
         ({"layout": SequenceLayout([5, 7], 2)}, "group is None"),
     ],

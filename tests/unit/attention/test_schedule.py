@@ -8,75 +8,194 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysp.attention import SequenceLayout
+from raysp.attention.blocks import NO_ROWS, Block, Rows, Segments
 from raysp.attention.itinerary import Itinerary, least_itinerary
-from raysp.attention.schedule import NO_ROWS, Block, Rows, Segments, needed_rows, pair_blocks
+from raysp.attention.kernels.eager import visible_keys
+from raysp.attention.mask import DocumentMask
+from raysp.attention.schedule import Schedule, schedule_of
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
+ORDERS = st.sampled_from(["zigzag", "contiguous"])
+MASKS = st.one_of(
+    st.sampled_from([DocumentMask(True), DocumentMask(False)]),
+    st.integers(1, 45).map(lambda window: DocumentMask(True, window)),
+)
+CPU = torch.device("cpu")
 
 
-def mask_of(layout: SequenceLayout, causal: bool) -> torch.Tensor:
-    documents = torch.cat([torch.full((length,), index) for index, length in enumerate(layout.lengths)])
-    mask = documents[:, None] == documents[None, :]
-    return mask.tril() if causal else mask
+def documents_of(lengths: tuple[int, ...]) -> torch.Tensor:
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+
+def mask_of(schedule: Schedule) -> torch.Tensor:
+    queries, keys = documents_of(schedule.layout.lengths), documents_of(schedule.key_layout.lengths)
+    seen = queries[:, None] == keys[None, :]
+    if schedule.mask.causal:
+        seen = seen.tril()
+    return seen if schedule.mask.window is None else seen.triu(1 - schedule.mask.window)
 
 
 def count_block(counts: torch.Tensor, block: Block, q_tokens: torch.Tensor, k_tokens: torch.Tensor) -> None:
     queries, keys = q_tokens[block.queries.index], k_tokens[block.keys.index]
+    if block.pick is not None:
+        keys = keys[block.pick.on(CPU)]
+    assert len(queries) == block.segments.cu_q[-1]
+    assert len(keys) == block.segments.cu_k[-1]
     for rows, columns in block.segments.pieces():
-        seen = torch.ones(len(queries[rows]), len(keys[columns]), dtype=torch.int64)
-        counts[queries[rows][:, None], keys[columns][None, :]] += seen.tril() if block.causal else seen
+        seen = visible_keys(len(queries[rows]), len(keys[columns]), block.mask, CPU)
+        assert seen.any(dim=1).all()
+        counts[queries[rows][:, None], keys[columns][None, :]] += seen.long()
 
 
-@settings(max_examples=120, deadline=None)
-@given(LENGTHS, st.integers(1, 6), st.sampled_from(["zigzag", "contiguous"]), st.booleans())
+def counts_of(schedule: Schedule) -> torch.Tensor:
+    return torch.zeros(schedule.layout.num_tokens, schedule.key_layout.num_tokens, dtype=torch.int64)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LENGTHS, st.integers(1, 6), ORDERS, MASKS, st.sampled_from([1, 2, 3]))
 def test_blocks_of_all_pairs_cover_the_mask_exactly_once(
-    lengths: list[int], degree: int, order: str, causal: bool
+    lengths: list[int], degree: int, order: str, mask: DocumentMask, merged: int
 ) -> None:
-    layout = SequenceLayout(lengths, degree, order)
-    counts = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.int64)
+    layout = SequenceLayout(lengths, degree * merged, order).coarsened(merged)
+    schedule = schedule_of(layout, mask)
+    counts = counts_of(schedule)
     for query_rank in range(degree):
         for key_rank in range(degree):
-            for block in pair_blocks(layout, query_rank, key_rank, causal=causal):
-                tokens = layout.token_indices(query_rank), layout.token_indices(key_rank)
-                count_block(counts, block, *tokens)
-                assert not block.causal or block.segments.cu_q == block.segments.cu_k
-    assert torch.equal(counts, mask_of(layout, causal).long())
+            for block in schedule.pair(query_rank, key_rank):
+                count_block(counts, block, layout.token_indices(query_rank), layout.token_indices(key_rank))
+    assert torch.equal(counts, mask_of(schedule).long())
+
+
+@settings(max_examples=150, deadline=None)
+@given(LENGTHS, st.integers(1, 6), ORDERS, MASKS)
+def test_gathered_rows_cover_the_mask_exactly_once(
+    lengths: list[int], degree: int, order: str, mask: DocumentMask
+) -> None:
+    layout = SequenceLayout(lengths, degree, order)
+    schedule = schedule_of(layout, mask)
+    counts = counts_of(schedule)
+    for rank in range(degree):
+        gathered = schedule.gathered(rank)
+        buffer = torch.full((gathered.offsets[-1],), -1, dtype=torch.int64)
+        for owner, rows in enumerate(gathered.from_rank):
+            start = gathered.offsets[owner]
+            buffer[start : start + len(rows)] = layout.token_indices(owner)[rows.index]
+        assert len(gathered.blocks) <= 1
+        for block in gathered.blocks:
+            count_block(counts, block, layout.token_indices(rank), buffer)
+    assert torch.equal(counts, mask_of(schedule).long())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=5), st.integers(1, 5), ORDERS)
+def test_cross_attention_covers_every_pair_of_a_document(
+    lengths: list[tuple[int, int]], degree: int, order: str
+) -> None:
+    layouts = [SequenceLayout([pair[side] for pair in lengths], degree, order) for side in (0, 1)]
+    schedule = schedule_of(layouts[0], DocumentMask(False), layouts[1])
+    counts = counts_of(schedule)
+    for query_rank in range(degree):
+        for key_rank in range(degree):
+            for block in schedule.pair(query_rank, key_rank):
+                count_block(counts, block, layouts[0].token_indices(query_rank), layouts[1].token_indices(key_rank))
+    assert torch.equal(counts, mask_of(schedule).long())
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(2, 5), ORDERS, MASKS)
+def test_rows_used_are_those_of_the_blocks(lengths: list[int], degree: int, order: str, mask: DocumentMask) -> None:
+    schedule = schedule_of(SequenceLayout(lengths, degree, order), mask)
+    for query_rank in range(degree):
+        for key_rank in range(degree):
+            for side in ("queries", "keys"):
+                rows = NO_ROWS
+                for block in schedule.pair(query_rank, key_rank):
+                    rows = rows.hull(block.queries if side == "queries" else block.keys)
+                assert schedule.rows_used(query_rank, key_rank, side=side) == rows
 
 
 @settings(max_examples=60, deadline=None)
-@given(LENGTHS, st.integers(2, 5), st.booleans())
-def test_key_parts_split_the_blocks_without_overlap(lengths: list[int], degree: int, causal: bool) -> None:
+@given(LENGTHS, st.integers(2, 5), MASKS)
+def test_key_parts_split_the_blocks_without_overlap(lengths: list[int], degree: int, mask: DocumentMask) -> None:
     layout = SequenceLayout(lengths, degree)
+    schedule = schedule_of(layout, mask)
+    whole, split = counts_of(schedule), counts_of(schedule)
     for query_rank in range(degree):
         for key_rank in range(degree):
-            whole, split = (torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.int64) for _ in range(2))
             tokens = layout.token_indices(query_rank), layout.token_indices(key_rank)
-            for block in pair_blocks(layout, query_rank, key_rank, causal=causal):
+            for block in schedule.pair(query_rank, key_rank):
                 count_block(whole, block, *tokens)
             for part in range(3):
-                for block in pair_blocks(layout, query_rank, key_rank, causal=causal, key_part=part):
+                for block in schedule.pair(query_rank, key_rank, part):
                     count_block(split, block, *tokens)
-            assert torch.equal(whole, split)
+    assert torch.equal(whole, split)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_one_document_is_one_block_per_hop(causal: bool) -> None:
-    layout = SequenceLayout([64], degree=4)
+@pytest.mark.parametrize("lengths", [[64], [64, 3, 900, 17, 200]])
+def test_a_hop_is_one_kernel_call(causal: bool, lengths: list[int]) -> None:
+    schedule = schedule_of(SequenceLayout(lengths, degree=4), DocumentMask(causal))
     for query_rank in range(4):
         for key_rank in range(4):
-            assert len(pair_blocks(layout, query_rank, key_rank, causal=causal)) == 1
+            assert len(schedule.pair(query_rank, key_rank)) == 1
+
+
+def test_one_document_is_read_where_it_lies() -> None:
+    for causal in (True, False):
+        schedule = schedule_of(SequenceLayout([64], degree=4), DocumentMask(causal))
+        for query_rank in range(4):
+            for key_rank in range(4):
+                (block,) = schedule.pair(query_rank, key_rank)
+                assert block.pick is None
+                assert len(block.segments.cu_q) == 2
+
+
+@settings(max_examples=80, deadline=None)
+@given(LENGTHS, st.integers(2, 5), ORDERS, MASKS)
+def test_a_pick_names_a_row_at_most_twice_and_once_on_each_side(
+    lengths: list[int], degree: int, order: str, mask: DocumentMask
+) -> None:
+    schedule = schedule_of(SequenceLayout(lengths, degree, order), mask)
+    blocks = [block for q in range(degree) for k in range(degree) for block in schedule.pair(q, k)]
+    blocks += [block for rank in range(degree) for block in schedule.gathered(rank).blocks]
+    for pick in (block.pick for block in blocks if block.pick is not None):
+        for side in (pick.index[: pick.cut], pick.index[pick.cut :]):
+            assert len(set(side.tolist())) == len(side)
+
+
+def test_hops_outside_the_window_carry_nothing() -> None:
+    schedule = schedule_of(SequenceLayout([1600], degree=8), DocumentMask(True, window=100))
+    full = schedule_of(SequenceLayout([1600], degree=8), DocumentMask(True))
+    assert schedule.pair(0, 3) == ()
+    routes = [least_itinerary(schedule, side="keys", with_return=False, key_part=part) for part in (0, 1)]
+    assert [route.direction for route in routes] == [1, -1]
+    # 99 keys before each chunk but the document's first, which is nobody's neighbour; the middle two share a rank.
+    assert sum(route.rows_moved(with_return=False) for route in routes) == 14 * 99
+    everything = least_itinerary(full, side="keys", with_return=False)
+    assert everything.rows_moved(with_return=False) == 0.75 * 7 * 1600
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 4), st.integers(1, 4), ORDERS)
+def test_a_coarsened_layout_holds_what_its_ranks_held(lengths: list[int], degree: int, factor: int, order: str) -> None:
+    layout = SequenceLayout(lengths, degree * factor, order)
+    coarse = layout.coarsened(factor)
+    assert coarse.degree == degree
+    for rank in range(degree):
+        tokens = torch.cat([layout.token_indices(rank * factor + place) for place in range(factor)])
+        assert sorted(coarse.token_indices(rank).tolist()) == sorted(tokens.tolist())
 
 
 def test_contiguous_causal_hops_from_later_ranks_carry_nothing() -> None:
-    layout = SequenceLayout([64], degree=4, order="contiguous")
-    assert pair_blocks(layout, 1, 2, causal=True) == ()
-    assert needed_rows((), side="keys") == NO_ROWS
+    schedule = schedule_of(SequenceLayout([64], degree=4, order="contiguous"), DocumentMask(True))
+    assert schedule.pair(1, 2) == ()
+    assert schedule.rows_used(1, 2, side="keys") == NO_ROWS
 
 
 def test_documents_on_one_rank_never_travel() -> None:
-    layout = SequenceLayout([5, 3, 6, 4], degree=4)
+    schedule = schedule_of(SequenceLayout([5, 3, 6, 4], degree=4), DocumentMask(False))
     for side in ("keys", "queries"):
-        assert least_itinerary(layout, side=side, causal=False, with_return=True).rows_moved(with_return=True) == 0
+        assert least_itinerary(schedule, side=side, with_return=True).rows_moved(with_return=True) == 0
 
 
 @settings(max_examples=80, deadline=None)
@@ -85,13 +204,13 @@ def test_documents_on_one_rank_never_travel() -> None:
     st.integers(2, 6),
     st.sampled_from([1, -1]),
     st.sampled_from(["keys", "queries"]),
-    st.sampled_from(["zigzag", "contiguous"]),
-    st.booleans(),
+    ORDERS,
+    MASKS,
 )
 def test_travelling_rows_hold_what_every_later_visitor_needs(
-    lengths: list[int], degree: int, direction: int, side: str, order: str, causal: bool
+    lengths: list[int], degree: int, direction: int, side: str, order: str, mask: DocumentMask
 ) -> None:
-    route = Itinerary(SequenceLayout(lengths, degree, order), direction, side, causal)
+    route = Itinerary(schedule_of(SequenceLayout(lengths, degree, order), mask), direction, side)
     for owner in range(degree):
         for hop in range(1, degree):
             assert route.owner(route.visitor(owner, hop), hop) == owner
@@ -110,16 +229,15 @@ def _assert_inside(inner: Rows, outer: Rows) -> None:
 def test_causal_zigzag_moves_three_quarters(degree: int, side: str) -> None:
     layout = SequenceLayout([64 * degree], degree)
     full = (degree - 1) * layout.num_tokens
-    assert (
-        least_itinerary(layout, side=side, causal=True, with_return=False).rows_moved(with_return=False) == 0.75 * full
-    )
-    assert least_itinerary(layout, side=side, causal=False, with_return=False).rows_moved(with_return=False) == full
+    for causal, share in ((True, 0.75), (False, 1.0)):
+        route = least_itinerary(schedule_of(layout, DocumentMask(causal)), side=side, with_return=False)
+        assert route.rows_moved(with_return=False) == share * full
 
 
 def test_backward_trims_the_wider_sums_rather_than_the_keys() -> None:
-    layout = SequenceLayout([64], degree=4)
-    assert least_itinerary(layout, side="keys", causal=True, with_return=False).direction == -1
-    assert least_itinerary(layout, side="keys", causal=True, with_return=True).direction == 1
+    schedule = schedule_of(SequenceLayout([64], degree=4), DocumentMask(True))
+    assert least_itinerary(schedule, side="keys", with_return=False).direction == -1
+    assert least_itinerary(schedule, side="keys", with_return=True).direction == 1
 
 
 def test_segment_bounds_are_kept_on_a_device() -> None:

@@ -1,0 +1,41 @@
+"""Reading picked key rows, and giving their gradients back to the rows."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from raysp.attention.blocks import Pick
+from raysp.attention.merge import accumulation_dtype
+
+
+def pick_rows(rows: Tensor, pick: Pick) -> Tensor:
+    """Return ``[picked, ...]`` from ``[rows, ...]``, in the pick's order."""
+    return rows.index_select(0, pick.on(rows.device))
+
+
+def return_rows(picked: Tensor, pick: Pick, num_rows: int) -> Tensor:
+    """The reverse for gradients: a row that was read twice gets the sum, one that was not read gets 0.
+
+    Args:
+        picked: ``[picked, H, D]``.
+        pick: What was read.
+        num_rows: Rows that were read from.
+
+    Returns:
+        ``[num_rows, H, D]`` in fp32 or fp64; on CUDA in the dtype of ``picked``, summed in fp32. Equal inputs give equal
+        bits.
+    """
+    places = pick.places(picked.device)
+    if picked.is_cuda and picked.dtype != torch.float64:
+        summed: Tensor = importlib.import_module("raysp.attention.triton_rows").sum_picked(
+            picked, places, num_rows, picked.dtype
+        )
+        return summed
+    index, dtype = pick.on(picked.device), accumulation_dtype(picked.dtype)
+    total = torch.zeros((num_rows, *picked.shape[1:]), dtype=dtype, device=picked.device)
+    # Each side names a row at most once, so the additions have one order.
+    total.index_add_(0, index[: pick.cut], picked[: pick.cut].to(dtype))
+    return total.index_add_(0, index[pick.cut :], picked[pick.cut :].to(dtype))

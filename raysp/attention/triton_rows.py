@@ -1,0 +1,155 @@
+"""Row operations of parallel attention in Triton, for CUDA: each reads and writes its tensors once.
+
+Imported only where they run. Strides are free but for a contiguous last dimension.
+
+Symbols: T rows, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS_OF_MERGE = 16
+_ROWS_OF_SUM = 32
+
+
+@triton.jit
+def _merge_kernel(  # type: ignore[no-untyped-def]
+    out, lse, other_out, other_lse, num_rows, head_size,
+    out_row, out_head, other_row, other_head, lse_head, lse_row, other_lse_head, other_lse_row,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    in_rows = rows < num_rows
+    inside = in_rows[:, None] & (columns < head_size)[None, :]
+    rows = rows.to(tl.int64)
+    a_lse = tl.load(lse + head * lse_head + rows * lse_row, mask=in_rows, other=0.0)
+    b_lse = tl.load(other_lse + head * other_lse_head + rows * other_lse_row, mask=in_rows, other=0.0)
+    highest = tl.maximum(a_lse, b_lse)
+    # Rows that saw no key on either side stay empty.
+    empty = highest == float("-inf")
+    shift = tl.where(empty, 0.0, highest)
+    a_weight, b_weight = tl.exp(a_lse - shift), tl.exp(b_lse - shift)
+    total = a_weight + b_weight
+    weight = tl.where(empty, 0.0, b_weight / tl.where(empty, 1.0, total))
+    a_at = out + rows[:, None] * out_row + head * out_head + columns[None, :]
+    b_at = other_out + rows[:, None] * other_row + head * other_head + columns[None, :]
+    a = tl.load(a_at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(b_at, mask=inside, other=0.0).to(tl.float32)
+    merged = a - weight[:, None] * (a - b)
+    tl.store(a_at, merged.to(out.dtype.element_ty), mask=inside)
+    merged_lse = tl.where(empty, float("-inf"), shift + tl.log(tl.where(empty, 1.0, total)))
+    tl.store(lse + head * lse_head + rows * lse_row, merged_lse, mask=in_rows)
+
+
+def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """See ``raysp.attention.merge.merge_into``; ``lse`` and ``other_lse`` are fp32."""
+    num_rows, num_heads, head_size = out.shape
+    if not num_rows:
+        return
+    other_lse = other_lse.to(torch.float32)
+    grid = (triton.cdiv(num_rows, _ROWS_OF_MERGE), num_heads)
+    with torch.cuda.device(out.device):
+        _launch(
+            _merge_kernel, grid,
+            out, lse, other_out, other_lse, num_rows, head_size,
+            out.stride(0), out.stride(1), other_out.stride(0), other_out.stride(1),
+            lse.stride(0), lse.stride(1), other_lse.stride(0), other_lse.stride(1),
+            ROWS=_ROWS_OF_MERGE, WIDTH=triton.next_power_of_2(head_size),
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_kernel(  # type: ignore[no-untyped-def]
+    total,
+    picked,
+    places,
+    num_rows,
+    num_places,
+    row_size,
+    total_row,
+    picked_row,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    in_places = rows < num_places
+    first = tl.load(places + rows, mask=in_places, other=-1)
+    second = tl.load(places + num_places + rows, mask=in_places, other=-1)
+    in_columns = (columns < row_size)[None, :]
+    a = tl.load(
+        picked + first[:, None] * picked_row + columns[None, :], mask=(first >= 0)[:, None] & in_columns, other=0.0
+    )
+    b = tl.load(
+        picked + second[:, None] * picked_row + columns[None, :], mask=(second >= 0)[:, None] & in_columns, other=0.0
+    )
+    value = a.to(tl.float32) + b.to(tl.float32)
+    at = total + rows[:, None] * total_row + columns[None, :]
+    tl.store(at, value.to(total.dtype.element_ty), mask=(rows < num_rows)[:, None] & in_columns)
+
+
+def sum_picked(picked: Tensor, places: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Give picked rows back to where they came from; a row that was read twice gets the sum, one not read gets 0.
+
+    Args:
+        picked: ``[picked, H, D]``, contiguous.
+        places: int64 ``[2, rows]``, where each row was read, or -1; rows beyond were not read.
+        num_rows: Rows of the result.
+        dtype: Of the result.
+
+    Returns:
+        ``[num_rows, H, D]``.
+    """
+    picked = picked.contiguous()
+    total = torch.empty((num_rows, *picked.shape[1:]), dtype=dtype, device=picked.device)
+    row_size = picked[0].numel()
+    if num_rows and row_size:
+        width = min(1024, triton.next_power_of_2(row_size))
+        grid = (triton.cdiv(num_rows, _ROWS_OF_SUM), triton.cdiv(row_size, width))
+        with torch.cuda.device(picked.device):
+            _launch(
+                _sum_kernel, grid, total, picked, places, num_rows, places.shape[1], row_size, total.stride(0),
+                picked.stride(0), ROWS=_ROWS_OF_SUM, WIDTH=width,
+            )  # fmt: skip
+    return total
+
+
+@triton.jit
+def _dots_kernel(  # type: ignore[no-untyped-def]
+    dots, a, b, num_rows, head_size, a_row, a_head, b_row, b_head, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    in_rows = rows < num_rows
+    inside = in_rows[:, None] & (columns < head_size)[None, :]
+    left = tl.load(a + rows[:, None] * a_row + head * a_head + columns[None, :], mask=inside, other=0.0)
+    right = tl.load(b + rows[:, None] * b_row + head * b_head + columns[None, :], mask=inside, other=0.0)
+    value = tl.sum(left.to(tl.float32) * right.to(tl.float32), axis=1)
+    tl.store(dots + head * num_rows + rows, value, mask=in_rows)
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of the rows of ``[T, H, D]`` tensors: fp32 ``[H, T]``."""
+    num_rows, num_heads, head_size = a.shape
+    dots = torch.empty((num_heads, num_rows), dtype=torch.float32, device=a.device)
+    if num_rows:
+        grid = (triton.cdiv(num_rows, _ROWS_OF_MERGE), num_heads)
+        with torch.cuda.device(a.device):
+            _launch(
+                _dots_kernel, grid, dots, a, b, num_rows, head_size, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+                ROWS=_ROWS_OF_MERGE, WIDTH=triton.next_power_of_2(head_size),
+            )  # fmt: skip
+    return dots
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
+    kernel[grid](*arguments, **constants)
