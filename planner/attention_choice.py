@@ -1,0 +1,134 @@
+"""Which method of parallel attention a call takes, and why: `choose_methods`.
+
+Ring, bidirectional ring, TokenRing and all-gather save the same tensors, so the backward may take another of them than
+the forward. ``ulysses`` and ``ulysses_ring`` keep what they traded and go with themselves.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from planner.attention_cost import ATTENTION_METHODS, MethodTime, method_times, why_not
+from planner.attention_rates import KernelRate, Network
+from planner.attention_work import AttentionWork
+from planner.errors import PlanError
+
+INTERCHANGEABLE = ("ring", "bidirectional_ring", "token_ring", "all_gather")
+_COLUMNS = ("compute", "communication", "exposed", "total")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodDecision:
+    """The methods of a call.
+
+    Attributes:
+        forward: Method of the forward.
+        backward: Method of the backward.
+        times: Of every allowed method that can run.
+        left_out: Every allowed method that cannot, and why.
+        reason: Why these two won, in a sentence.
+    """
+
+    forward: str
+    backward: str
+    times: tuple[MethodTime, ...]
+    left_out: tuple[tuple[str, str], ...]
+    reason: str
+
+    @property
+    def forward_s(self) -> float:
+        """Predicted forward of the choice."""
+        return self._time(self.forward).forward_s
+
+    @property
+    def backward_s(self) -> float:
+        """Predicted backward of the choice."""
+        return self._time(self.backward).backward_s
+
+    def explain(self) -> str:
+        """Return a table of all methods in seconds, what was left out, and the reason; lines of plain text."""
+        width = max(len(time.method) for time in self.times)
+        lines = [f"{'seconds':{width}} {'pass':8} " + " ".join(f"{column:>13}" for column in _COLUMNS)]
+        for time in self.times:
+            for which, method, total_s, exposed_s, communication_s in (
+                ("forward", self.forward, time.forward_s, time.forward_exposed_s, time.forward_communication_s),
+                ("backward", self.backward, time.backward_s, time.backward_exposed_s, time.backward_communication_s),
+            ):
+                values_s = (total_s - exposed_s, communication_s, exposed_s, total_s)
+                row = " ".join(f"{value_s:13.6f}" for value_s in values_s)
+                chosen = "  <- chosen" if method == time.method else ""
+                lines.append(f"{time.method:{width}} {which:8} {row}{chosen}")
+        lines += [f"{method}: left out, {reason}" for method, reason in self.left_out]
+        return "\n".join([*lines, self.reason])
+
+    def _time(self, method: str) -> MethodTime:
+        return next(time for time in self.times if time.method == method)
+
+
+def choose_methods(
+    work: AttentionWork,
+    link: Network,
+    rate: KernelRate,
+    allowed: Iterable[str] = ATTENTION_METHODS,
+    *,
+    hides_last_return: bool = False,
+) -> MethodDecision:
+    """Pick the methods whose forward and backward together take least; on a tie the one allowed first.
+
+    Args:
+        work: The call.
+        link: Of this group.
+        rate: Of each rank.
+        allowed: Methods to pick from.
+        hides_last_return: See `method_times`.
+
+    Raises:
+        PlanError: A method is unknown, or none of them can run.
+    """
+    allowed = tuple(dict.fromkeys(allowed))
+    reasons = [(method, why_not(method, work)) for method in allowed]
+    left_out = tuple((method, reason) for method, reason in reasons if reason is not None)
+    times = method_times(work, link, rate, allowed, hides_last_return=hides_last_return)
+    if not times:
+        why = "; ".join(f"{method}: {reason}" for method, reason in left_out) or "no method is allowed"
+        raise PlanError(f"no method can run ({why}). Allow one that runs any degree, such as 'ring'.")
+    ranked = sorted(_pairs(times), key=lambda pair: pair[0].forward_s + pair[1].backward_s)
+    forward, backward = ranked[0]
+    return MethodDecision(
+        forward=forward.method,
+        backward=backward.method,
+        times=times,
+        left_out=left_out,
+        reason=_reason(ranked, times),
+    )
+
+
+_Pair = tuple[MethodTime, MethodTime]
+
+
+def _pairs(times: tuple[MethodTime, ...]) -> list[_Pair]:
+    """Methods of forward and backward that go together."""
+    return [
+        (forward, backward)
+        for forward, backward in itertools.product(times, repeat=2)
+        if forward is backward or {forward.method, backward.method} <= set(INTERCHANGEABLE)
+    ]
+
+
+def _reason(ranked: list[_Pair], times: tuple[MethodTime, ...]) -> str:
+    forward, backward = ranked[0]
+    name = forward.method if forward is backward else f"{forward.method} forward and {backward.method} backward"
+    total_s = forward.forward_s + backward.backward_s
+    exposed_s = forward.forward_exposed_s + backward.backward_exposed_s
+    won = f"{name}: {total_s:.4g} s, of which {exposed_s:.4g} s exposed communication"
+    others = [time for time in times if time is not forward and time is not backward]
+    if not others:
+        return f"{won}; no other method can run." if forward is backward else f"{won}; each is the faster one there."
+    other = min(others, key=lambda time: time.total_s)
+    other_exposed_s = other.forward_exposed_s + other.backward_exposed_s
+    more_exposed_s = other_exposed_s - exposed_s
+    more_compute_s = other.total_s - total_s - more_exposed_s
+    behind = f"next is {other.method} with {other.total_s:.4g} s (+{other.total_s / total_s - 1:.1%}"
+    return f"{won}; {behind}: {more_exposed_s:+.3g} s exposed, {more_compute_s:+.3g} s compute and copies)."
