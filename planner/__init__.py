@@ -3,6 +3,18 @@
 Pure decisions on plain values: numpy and pulp, never torch, Ray or raysp.
 """
 
+from planner.attention_choice import MethodDecision, choose_methods
+from planner.attention_cost import ATTENTION_METHODS, MethodTime, method_times
+from planner.attention_rates import KernelRate, Link, Network
+from planner.attention_topology import (
+    Topology,
+    full_mesh_topology,
+    nodes_topology,
+    physical_ring_topology,
+    simulate_attention,
+    switch_topology,
+)
+from planner.attention_work import AttentionWork
 from planner.buckets import Bucket, Bucketing, bucket_lengths
 from planner.calibration import CalibrationFit, SampleResidual, fit_cost_model
 from planner.cluster import Cluster, Node
@@ -46,6 +58,8 @@ from planner.validation import validate_plan
 from planner.what_if import WhatIf
 
 __all__ = [
+    "ATTENTION_METHODS",
+    "AttentionWork",
     "Bucket",
     "Bucketing",
     "CalibrationError",
@@ -58,16 +72,21 @@ __all__ = [
     "GroupKind",
     "GroupPlan",
     "InfeasibleError",
+    "KernelRate",
     "LengthBucket",
     "LengthDistribution",
     "LengthDrift",
     "LengthProfile",
     "LengthSketch",
     "LengthsError",
+    "Link",
     "LongSequence",
     "MarginalValue",
     "MethodCost",
+    "MethodDecision",
+    "MethodTime",
     "MicroBatchPlan",
+    "Network",
     "Node",
     "OnlineRefit",
     "PlanCache",
@@ -87,24 +106,32 @@ __all__ = [
     "StepPlan",
     "SyncComparison",
     "TailShare",
+    "Topology",
     "WhatIf",
     "bucket_lengths",
+    "choose_methods",
     "compare_lengths",
     "draw_batches",
     "explain_plan",
     "fit_cost_model",
     "flexsp_plan",
+    "full_mesh_topology",
     "list_distributions",
     "list_presets",
     "load_distribution",
     "load_preset",
     "marginal_value",
+    "method_times",
+    "nodes_topology",
+    "physical_ring_topology",
     "plan_request",
     "plan_step",
     "read_lengths",
     "read_samples",
     "simulate",
+    "simulate_attention",
     "split_lengths",
+    "switch_topology",
     "validate_plan",
     "write_samples",
 ]
