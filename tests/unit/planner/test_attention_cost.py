@@ -93,7 +93,7 @@ def test_every_pair_is_the_work_of_one_pair_of_ranks(work: AttentionWork, merged
     # Equal chunks that are no whole number of tokens put the end of a window a fraction of a row off.
     rounding = 0.0 if work.window is None else work.degree * len(work.lengths)
     for pairs in (shards.pairs().padded_pairs.sum(), shards.gathered().padded_pairs.sum(), parts):
-        assert pairs == pytest.approx(work.num_pairs, abs=rounding)
+        assert pairs == pytest.approx(work.num_pairs, rel=1e-9, abs=rounding)
 
 
 @pytest.mark.parametrize("degree", [3, 4, 8])
@@ -274,7 +274,7 @@ def test_short_documents_run_below_the_rate() -> None:
         (time,) = times_of(work, FAST, RATE)
         return work.forward_flops / RATE.forward_flops_per_s / time.forward_s
 
-    assert efficiency(short) < 0.2 < 0.8 < efficiency(long)
+    assert efficiency(short) < 0.2 < 0.6 < efficiency(long)
     exact = KernelRate(
         forward_flops_per_s=1e12, backward_flops_per_s=1e12, launch_s=0.0, copy_bytes_per_s=1e12, efficient_rows=0.0
     )
