@@ -10,6 +10,10 @@ import numpy as np
 
 from planner.errors import LengthsError
 
+# Lengths have fewer than 16 digits: their sums and squares stay within 64 bits and floats.
+_LENGTH_DIGITS = 15
+LENGTH_LIMIT = 10**_LENGTH_DIGITS
+
 
 @dataclass(frozen=True)
 class TailShare:
@@ -92,25 +96,30 @@ class LengthProfile:
         return list(self.buckets)
 
 
-def read_lengths(path: str | Path) -> list[int]:
+def read_lengths(path: str | Path, *, drop_empty: bool = False) -> list[int]:
     """Read a lengths file: one integer (tokens) per line; the sequence id is the 0-based line number.
 
     Args:
         path: Text file. A line break at the very end is fine, an empty line elsewhere is not: it would shift the ids.
+        drop_empty: Leave out lengths of 0, instead of refusing them; the ids are then places in what is left.
 
     Raises:
         LengthsError: Unreadable or empty file, or a line that is not an integer of at least 1, with its number.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as cause:
         raise LengthsError(f"cannot read lengths file {path}: {cause}. Expected one integer per line.") from cause
     if not lines:
         raise LengthsError(f"lengths file {path} is empty; expected one integer (tokens) per line.")
-    return [_length_of(line, number, path) for number, line in enumerate(lines, start=1)]
+    lengths = [_length_of(line, number, path, 0 if drop_empty else 1) for number, line in enumerate(lines, start=1)]
+    kept = [length for length in lengths if length] if drop_empty else lengths
+    if not kept:
+        raise LengthsError(f"lengths file {path} has lengths of 0 only; expected at least one sequence with tokens.")
+    return kept
 
 
-def _length_of(line: str, number: int, path: str | Path) -> int:
+def _length_of(line: str, number: int, path: str | Path, least: int) -> int:
     text = line.strip()
     # int() would take 1_000, +5 and digits of other scripts; a file that has them is not what it seems.
     if not (text.isascii() and text.isdigit()):
@@ -119,10 +128,11 @@ def _length_of(line: str, number: int, path: str | Path) -> int:
             "Drop empty documents." if text.removeprefix("-").isdigit() else "Expected one integer (tokens) per line."
         )
         raise LengthsError(f"{path} line {number} is {shown!r}; expected an integer of at least 1. {hint}")
-    length = int(text) if len(text) <= 15 else 0
-    if length < 1:
-        wanted = "an integer of at least 1. Drop empty documents." if len(text) <= 15 else "fewer than 16 digits."
-        raise LengthsError(f"{path} line {number} is {text[:40]}; expected {wanted}")
+    if len(text) > _LENGTH_DIGITS:
+        raise LengthsError(f"{path} line {number} is {text[:40]}; expected fewer than 16 digits.")
+    length = int(text)
+    if length < least:
+        raise LengthsError(f"{path} line {number} is {text}; expected an integer of at least 1. Drop empty documents.")
     return length
 
 

@@ -20,9 +20,12 @@ from planner.cluster import Cluster, Node
 from planner.cost_model import SYNCS, CostModel
 from planner.errors import CostModelError, InfeasibleError, PlanError
 from planner.group_kind import GroupKind
+from planner.length_profile import LENGTH_LIMIT
 from planner.method_cost import METHOD_NAMES
 
-DEGREE_RULES = ("powers-of-two", "any")
+# Ranks up to which a plan takes seconds; every degree has tables of its own.
+_MOST_RANKS = {"powers-of-two": 1 << 20, "any": 1 << 13}
+DEGREE_RULES = tuple(_MOST_RANKS)
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -151,13 +154,19 @@ def make_problem(
 
     Raises:
         PlanError: No sequences, a length or a count that is not a positive integer, an unknown degree rule, sync or
-            method, or a cluster of another number of ranks.
+            method, more ranks than can be planned for, or a cluster of another number of ranks.
+        CostModelError: The predicted time of a sequence is not finite.
         InfeasibleError: The model states alone exceed the memory limit.
     """
     if isinstance(num_ranks, bool) or not isinstance(num_ranks, (int, np.integer)) or num_ranks < 1:
         raise PlanError(f"num_ranks is {num_ranks!r}; expected an integer of at least 1.")
     if degrees not in DEGREE_RULES:
         raise PlanError(f"degrees is {degrees!r}; expected one of {', '.join(DEGREE_RULES)}.")
+    if num_ranks > _MOST_RANKS[degrees]:
+        raise PlanError(
+            f"num_ranks is {num_ranks}; expected at most {_MOST_RANKS[degrees]} with degrees {degrees!r}. "
+            "Plan for one replica of the job."
+        )
     if sync not in SYNCS:
         raise PlanError(f"sync {sync!r} is unknown; expected one of {', '.join(SYNCS)}.")
     if attention is not None and attention not in METHOD_NAMES:
@@ -176,6 +185,7 @@ def make_problem(
         )
     kinds = allowed_kinds(nodes, cost_model, attention, degrees)
     problem = Problem(tokens, nodes, cost_model, kinds, sync)
+    _check_finite(problem)
     return problem.restricted(_undominated(problem))
 
 
@@ -220,6 +230,8 @@ def checked_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
             raise PlanError(
                 f"sequence {index} has length {length!r}; expected an integer of at least 1. Drop empty documents."
             )
+        if length >= LENGTH_LIMIT:
+            raise PlanError(f"sequence {index} has a length of 16 digits or more; expected fewer.")
         checked.append(int(length))
     return tuple(checked)
 
@@ -239,6 +251,19 @@ def check_longest_fits(problem: Problem) -> None:
         f"{kind.degree}, the largest that {problem.num_ranks} ranks allow here; the memory limit is "
         f"{model.kind_limit_bytes(kind):.0f} bytes, which holds {holds} tokens. Use more ranks, allow larger "
         f"degrees, raise the memory limit, or split documents at {holds} tokens (data.max_length)."
+    )
+
+
+def _check_finite(problem: Problem) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(problem.share_s).all(axis=0)
+        total_s = float(problem.share_s.sum()) + sum(problem.fixed_s)
+    if finite.all() and math.isfinite(total_s):
+        return
+    worst = problem.descending[0] if finite.all() else int(np.argmin(finite))
+    raise CostModelError(
+        f"cost model {problem.cost_model.name!r} predicts no finite time for sequence {worst} of "
+        f"{problem.lengths[worst]} tokens; its constants are too large. Calibrate again."
     )
 
 

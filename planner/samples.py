@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import CalibrationError
+from planner.length_profile import LENGTH_LIMIT
 from planner.method_cost import DEFAULT_RECOMPUTE, METHOD_NAMES
 from planner.strict_json import as_int, as_list, as_number, as_object, as_str, check_keys, parse_object
 
@@ -56,7 +57,8 @@ def read_samples(path: str | Path) -> list[Sample]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        # Spreadsheets put a byte order mark first.
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as cause:
         raise CalibrationError(f"cannot read samples {path}: {cause}. Expected a .json or .csv file.") from cause
     if path.suffix == ".json":
@@ -69,6 +71,9 @@ def read_samples(path: str | Path) -> list[Sample]:
         ]
     if path.suffix == ".csv":
         rows = csv.DictReader(text.splitlines(), restkey="more cells than columns")
+        names = rows.fieldnames or ()
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise CalibrationError(f"samples {path} have the column(s) {', '.join(twice)} twice; keep one of each.")
         return [_sample(_from_cells(row, f"{path} row {i}"), f"{path} row {i}") for i, row in enumerate(rows, start=2)]
     raise CalibrationError(f"samples {path} end in {path.suffix!r}; expected .json or .csv.")
 
@@ -91,6 +96,8 @@ def check_sample(sample: Sample, what: str) -> None:
     """
     if not sample.lengths or min(sample.lengths) < 1:
         raise CalibrationError(f"{what} has lengths {list(sample.lengths)[:5]}; expected one or more, from 1 on.")
+    if max(sample.lengths) >= LENGTH_LIMIT:
+        raise CalibrationError(f"{what} has a length of 16 digits or more; expected fewer.")
     if sample.degree < 1:
         raise CalibrationError(f"{what} has degree {sample.degree}; expected at least 1.")
     if not math.isfinite(sample.time_s) or sample.time_s <= 0:
@@ -130,7 +137,8 @@ def _from_cells(row: Mapping[str | Any, Any], where: str) -> dict[str, Any]:
         try:
             content[key] = _value(key, cell or "")
         except ValueError as cause:
-            raise CalibrationError(f"{where} has {key} {cell!r}; expected {_WANTED[key]}.") from cause
+            shown = repr(cell if cell is None or len(cell) <= 60 else cell[:57] + "...")
+            raise CalibrationError(f"{where} has {key} {shown}; expected {_WANTED[key]}.") from cause
     return content
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from planner.errors import PlannerError
 
+_LARGEST_INT = 2**63 - 1
+
 
 def canonical_json(content: Mapping[str, Any]) -> str:
     """Return the one text that equal contents share: keys sorted, no spaces, floats as `repr`."""
@@ -43,6 +45,11 @@ def parse_object(text: str, *, what: str, error: type[PlannerError]) -> dict[str
         content = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique)
     except json.JSONDecodeError as cause:
         raise error(f"{what} is not valid JSON ({cause}); expected one JSON object.") from cause
+    except PlannerError:
+        raise
+    except ValueError as cause:
+        # Python refuses to read integers of thousands of digits.
+        raise error(f"{what} holds a number that cannot be read ({cause}); write a smaller one.") from cause
     except RecursionError as cause:
         raise error(f"{what} is nested too deeply; expected one flat JSON object.") from cause
     return as_object(content, what, error)
@@ -88,9 +95,11 @@ def as_str(value: Any, key: str, error: type[PlannerError]) -> str:
 
 
 def as_int(value: Any, key: str, error: type[PlannerError], *, minimum: int = 0) -> int:
-    """Return `value` if it is an integer (not a boolean) of at least `minimum`."""
+    """Return `value` if it is an integer (not a boolean) of at least `minimum` that 64 bits hold."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise error(f"{key} is {_shown(value)}; expected an integer of at least {minimum}.")
+    if value > _LARGEST_INT:
+        raise error(f"{key} is above 2^63 - 1; expected an integer from {minimum} to that.")
     return value
 
 

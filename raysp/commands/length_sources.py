@@ -34,7 +34,7 @@ def read_length_source(
         seed: Of the draws from a distribution.
         max_length: Split longer documents: those of a dataset as training does, others with
             `planner.split_lengths`. None splits nothing.
-        drop_empty: Leave out the documents of a dataset that have no tokens.
+        drop_empty: Leave out documents that have no tokens.
 
     Raises:
         InputError: The dataset cannot be used, or there is neither such a file nor such a distribution.
@@ -54,5 +54,5 @@ def read_length_source(
 
         dataset = TokenDataset.open(path, max_length=max_length, drop_empty=drop_empty)
         return [int(length) for length in dataset.sequence_lengths]
-    lengths = read_lengths(path)
+    lengths = read_lengths(path, drop_empty=drop_empty)
     return lengths if max_length is None else [int(length) for length in split_lengths(lengths, max_length)]

@@ -147,9 +147,17 @@ def test_samples_of_other_kinds_round_trip_and_the_default_is_not_written(tmp_pa
     ]
 
 
+def test_csv_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "samples.csv"
+    path.write_text("\ufefflengths,degree,time_s\r\n1000;24,1,0.5\r\n", encoding="utf-8")
+    assert read_samples(path) == [Sample((1000, 24), 1, 0.5)]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("a.csv", "lengths,lengths,degree,time_s\n1,2,3,4\n", r"column\(s\) lengths twice"),
+        ("a.json", '[{"lengths": [1], "degree": 1, "time_s": ' + "9" * 5000 + "}]", "cannot be read"),
         ("a.csv", "lengths,degree,time_s\n5,x,1\n", "row 2 has degree 'x'"),
         ("a.csv", "lengths,degree\n5,1\n", r"lacks the key\(s\) time_s"),
         ("a.csv", "lengths,degree,time_s,speed\n5,1,1,1\n", r"unknown key\(s\) speed"),

@@ -173,6 +173,14 @@ def test_text_that_is_no_cost_model_is_refused(text: str) -> None:
         CostModel.from_json(text)
 
 
+def test_numbers_beyond_what_can_be_read_are_refused_as_input() -> None:
+    with pytest.raises(CostModelError, match="holds a number that cannot be read"):
+        CostModel.from_json('{"schema_version": 2, "b1_s": ' + "9" * 10_000 + "}")
+    content = {**load_preset("flexsp-gpt7b-64xa100-40g").to_content(), "num_heads": 10**30}
+    with pytest.raises(CostModelError, match=r"num_heads is above 2\^63 - 1"):
+        CostModel.from_json(json.dumps(content))
+
+
 def test_missing_key_and_missing_file_are_named(tmp_path: Path) -> None:
     content = json.loads(small_model().to_json())
     del content["b1_s"]

@@ -70,6 +70,17 @@ def test_malformed_lengths_file_names_line_and_value(tmp_path: Path, text: str, 
         read_lengths(path)
 
 
+def test_byte_order_mark_is_no_length_and_empty_documents_are_dropped_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.txt"
+    path.write_text("\ufeff5\n0\n7\n", encoding="utf-8")
+    assert read_lengths(path, drop_empty=True) == [5, 7]
+    with pytest.raises(LengthsError, match="line 2 is 0; expected an integer of at least 1"):
+        read_lengths(path)
+    path.write_text("0\n0\n")
+    with pytest.raises(LengthsError, match="lengths of 0 only"):
+        read_lengths(path, drop_empty=True)
+
+
 def test_missing_and_binary_lengths_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LengthsError, match="cannot read"):
         read_lengths(tmp_path / "none.txt")
