@@ -19,6 +19,7 @@ from planner.group_kind import GroupKind
 from planner.plan import CostModelReference, GroupPlan, MicroBatchPlan, Outcome, StepPlan
 from planner.portfolio import SearchResult, adaptive_search
 from planner.problem import DraftMicroBatch, Problem, allowed_kinds, check_longest_fits, make_problem
+from planner.solver import missing_solvers
 from planner.warm_up import warm_up
 
 DEFAULT_SOLVERS = ("HiGHS", "CBC")
@@ -90,7 +91,12 @@ def plan_step(
     started_s = clock()
     budget = Budget.start(time_limit_s, node_limit, seed, clock)
 
+    absent = missing_solvers(solvers)
+
     def planned(result: SearchResult | GangResult) -> StepPlan:
+        if absent and policy == "adaptive" and not result.exact:
+            why = f"solver not installed: {', '.join(absent)}"
+            result = dataclasses.replace(result, reason=f"{result.reason}; {why}")
         return _step_plan(problem, result, cluster, solve_time_s=max(0.0, clock() - started_s))
 
     def report(result: SearchResult | GangResult) -> None:

@@ -7,7 +7,9 @@ feasible; failed solves leave numbers in `.value()`; HiGHS stopping at a node li
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import importlib.util
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -75,10 +77,18 @@ def solve(
             continue
         # Solvers fail in many ways (missing wheels, dead processes, KeyError inside PuLP); plans survive them.
         try:
-            return run(model, limits, start)
+            outcome = run(model, limits, start)
         except Exception as cause:
             reasons.append(f"{name}: {type(cause).__name__}: {cause}")
+            continue
+        return dataclasses.replace(outcome, message="; ".join([*reasons, outcome.message])) if reasons else outcome
     return SolverOutcome("unknown", None, None, {}, "", "no solver answered (" + "; ".join(reasons) + ")")
+
+
+def missing_solvers(solvers: Sequence[str]) -> tuple[str, ...]:
+    """Return those of `solvers` that are known here and whose package is not installed."""
+    packages = {"HiGHS": "highspy", "CBC": "pulp"}
+    return tuple(name for name in solvers if name in packages and importlib.util.find_spec(packages[name]) is None)
 
 
 def _solve_highs(model: Any, limits: SolveLimits, start: Mapping[str, float] | None) -> SolverOutcome:

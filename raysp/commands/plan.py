@@ -19,6 +19,7 @@ from planner import (
     read_lengths,
     validate_plan,
 )
+from planner.method_cost import DEFAULT_RECOMPUTE
 from raysp.commands.output import print_json, terminal, write_file
 from raysp.errors import InputError
 
@@ -83,6 +84,8 @@ def plan(
     console = terminal()
     console.print(plan_table(made))
     console.print(_summary(made), soft_wrap=True)
+    if made.reason:
+        console.print(f"found by: {made.reason}", soft_wrap=True, markup=False)
     if output is not None:
         console.print(f"written to {output}", soft_wrap=True, markup=False)
 
@@ -110,12 +113,12 @@ def plan_table(made: StepPlan) -> Table:
         table.add_column(heading, justify="left" if heading == "attention" else "right")
     for number, micro_batch in enumerate(made.micro_batches, start=1):
         ordered = sorted(micro_batch.groups, key=_shape, reverse=True)
-        for row, ((degree, attention), alike) in enumerate(groupby(ordered, key=_shape)):
+        for row, ((degree, attention, recompute), alike) in enumerate(groupby(ordered, key=_shape)):
             groups = list(alike)
             table.add_row(
                 str(number) if row == 0 else "",
                 f"{degree} x {len(groups)}",
-                attention,
+                attention if recompute == DEFAULT_RECOMPUTE else f"{attention}, recompute {recompute}",
                 f"{sum(len(group.sequences) for group in groups):,}",
                 f"{sum(group.num_tokens for group in groups):,}",
                 f"{max(group.predicted_time_s for group in groups):.3f}",
@@ -123,8 +126,8 @@ def plan_table(made: StepPlan) -> Table:
     return table
 
 
-def _shape(group: GroupPlan) -> tuple[int, str]:
-    return group.degree, group.attention
+def _shape(group: GroupPlan) -> tuple[int, str, str]:
+    return group.degree, group.attention, group.recompute
 
 
 def _summary(made: StepPlan) -> str:

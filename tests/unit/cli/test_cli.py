@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from planner import StepPlan, load_preset, read_lengths, validate_plan
+from planner import RecomputePolicy, StepPlan, load_preset, read_lengths, validate_plan
 from raysp.cli import describe_error, main
 from raysp.errors import Interrupted, RayspError
 
@@ -73,6 +74,7 @@ def test_plan_writes_what_it_shows(raysp, lengths_file, tmp_path):
     assert "groups (degree x count)" in shown.out
     assert f"{plan.micro_batches[0].groups[0].degree} x " in shown.out
     assert f"step {plan.predicted_step_time_s:.3f} s predicted" in shown.out
+    assert "found by: " in shown.out
     assert f"written to {path}" in shown.out
     printed = json.loads(raysp(*arguments, "--json").out)
     assert {**printed, "solve_time_s": 0} == {**plan.to_content(), "solve_time_s": 0}
@@ -91,6 +93,15 @@ def test_plan_with_a_cost_model_file(raysp, lengths_file, tmp_path):
     load_preset(PRESET).save(tmp_path / "model.json")
     shown = raysp("plan", "--lengths", lengths_file, "--cost-model", tmp_path / "model.json", "--num-gpus", 16)
     assert shown.code == 0
+
+
+def test_plan_shows_the_recompute_policy_of_groups(raysp, lengths_file, tmp_path):
+    policy = RecomputePolicy(name="full", bytes_per_token=1e5, compute_factor=1.3)
+    model = dataclasses.replace(load_preset(PRESET), model_state_bytes_total=1e9, recompute_policies=(policy,))
+    model.save(tmp_path / "model.json")
+    # 31,000 tokens need all the memory that recomputing saves.
+    shown = raysp("plan", "--lengths", lengths_file, "--cost-model", tmp_path / "model.json", "--num-gpus", 1)
+    assert "local, recompute full" in shown.out
 
 
 def test_plan_refuses_bad_input(raysp, lengths_file, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -107,6 +108,22 @@ def test_plan_survives_a_failing_solver_and_says_so(monkeypatch: pytest.MonkeyPa
     expected = {"crash": "solver died", "nonsense": "refused"}.get(failure, f"said {failure}")
     assert expected in plan.reason
     assert plan.outcome == "feasible"
+
+
+def test_plan_without_the_first_solver_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    lengths = long_tail(40, seed=9)
+    plan = plan_step(lengths, 6, make_model(), node_limit=5)
+    assert validate_plan(plan, lengths, make_model()) == []
+    assert "solver not installed: HiGHS" in plan.reason
+    assert "not installed" not in plan_step(lengths[:3], 6, make_model()).reason
+
+
+def test_outcome_of_the_second_solver_says_what_became_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    outcome = solve(hard_program(), limits=SolveLimits(time_limit_s=0.2), solvers=["HiGHS", "CBC"])
+    assert outcome.solver == "CBC"
+    assert outcome.message.startswith("HiGHS: ModuleNotFoundError")
 
 
 # PuLP hides from CBC's answer whether a model is infeasible or only unfinished; then it must not be called infeasible.
