@@ -77,7 +77,7 @@ def sequence_table(explanation: PlanExplanation) -> Table:
         "GPU time",
         "cost/token",
         "saves s",
-        "planned again s",
+        "replanned s",
     )
     table = _table("sequence", right=headings)
     for item in explanation.long_sequences:
@@ -143,7 +143,7 @@ def _show(explanation: PlanExplanation) -> None:
 
 
 def _table(first: str, *, right: Sequence[str], left: Sequence[str] = ()) -> Table:
-    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table = Table(box=None, padding=(0, 2), collapse_padding=True, header_style="bold")
     table.add_column(first)
     for heading in right:
         table.add_column(heading, justify="right")
