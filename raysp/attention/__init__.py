@@ -5,6 +5,7 @@ from raysp.attention.kernels import KERNELS
 from raysp.attention.layout import SequenceLayout
 from raysp.attention.parallel import parallel_attention
 from raysp.attention.reference import reference_attention
+from raysp.attention.sparse import sparse_parallel_attention
 
 __all__ = [
     "KERNELS",
@@ -13,4 +14,5 @@ __all__ = [
     "parallel_attention",
     "reference_attention",
     "resolve_method_name",
+    "sparse_parallel_attention",
 ]

@@ -10,6 +10,7 @@ from raysp.attention.methods.all_gather import AllGather
 from raysp.attention.methods.call import Method
 from raysp.attention.methods.local import Local
 from raysp.attention.methods.ring import KeyRing
+from raysp.attention.methods.rsa import RingSelfAttention
 from raysp.attention.methods.token_ring import TokenRing
 from raysp.attention.methods.ulysses import (
     Ulysses,
@@ -20,8 +21,7 @@ from raysp.attention.methods.ulysses import (
 )
 from raysp.errors import InputError
 
-METHODS = ("auto", "ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses", "ulysses_ring", "local")
-LATER_METHODS = ("rsa",)
+METHODS = ("auto", "ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses", "ulysses_ring", "rsa", "local")
 
 
 def resolve_method_name(name: str, *, degree: int, num_heads: int, num_key_heads: int) -> str:
@@ -36,8 +36,6 @@ def resolve_method_name(name: str, *, degree: int, num_heads: int, num_key_heads
     Raises:
         InputError: The method is unknown, not supported yet, or cannot run this degree.
     """
-    if name in LATER_METHODS:
-        raise InputError(f"method {name!r} is not supported yet; expected one of {', '.join(METHODS)}.")
     if name not in METHODS:
         raise InputError(f"method {name!r} is unknown; expected one of {', '.join(METHODS)}.")
     if degree == 1:
@@ -62,6 +60,7 @@ def make_method(name: str) -> Method:
         "token_ring": TokenRing(),
         "all_gather": AllGather(),
         "ulysses": Ulysses(),
+        "rsa": RingSelfAttention(),
         "ulysses_ring": UlyssesRing(KeyRing(bidirectional=False)),
     }
     return executors[name]

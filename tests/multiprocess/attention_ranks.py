@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from raysp.attention import SequenceLayout, parallel_attention, reference_attention
+from raysp.attention import SequenceLayout, parallel_attention, reference_attention, sparse_parallel_attention
 from raysp.comm import Communicators, all_reduce_sum
 from raysp.errors import InputError
 
@@ -218,3 +218,54 @@ def flash_gradients(case: Case) -> tuple[Tensor, ...]:
     out = out[0].transpose(0, 1)
     assert out.shape[0] == length
     return (out.detach(), *torch.autograd.grad(out, leaves, dout))
+
+
+def _projections(case: Case, num_rows: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    shape = (case.num_key_heads, num_rows, max(case.lengths) + 3)
+    first, second = (torch.randn(shape, generator=generator, dtype=case.dtype).requires_grad_() for _ in range(2))
+    return first, second
+
+
+def sparse_errors(comms: Communicators, case: Case, num_rows: int) -> tuple[float, ...]:
+    """Largest difference to Linformer of out, dq, dk, dv and the summed gradients of both projections."""
+    inputs = make_inputs(case)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
+    projections = _projections(case, num_rows)
+    outs = []
+    for q, k, v in zip(*(leaf.split(case.lengths) for leaf in leaves), strict=True):
+        keys, values = (
+            torch.einsum("hkt,thd->khd", projection[:, :, : len(x)], x).repeat_interleave(q.shape[1] // k.shape[1], 1)
+            for projection, x in zip(projections, (k, v), strict=True)
+        )
+        weights = torch.softmax(torch.einsum("qhd,khd->hqk", q, keys) * case.head_size**-0.5, dim=-1)
+        outs.append(torch.einsum("hqk,khd->qhd", weights, values))
+    truth = (torch.cat(outs), *torch.autograd.grad(torch.cat(outs), (*leaves, *projections), inputs[3]))
+
+    tokens = make_layouts(case)[0].token_indices(comms.global_rank)
+    out, mine, parts = _run_sparse(comms, case, _projections(case, num_rows))
+    found = [out, *torch.autograd.grad(out, (*mine, *parts), inputs[3][tokens])]
+    for gradient in found[4:]:
+        all_reduce_sum(gradient, comms.group(range(case.degree)))
+    expected = [value[tokens] for value in truth[:4]] + list(truth[4:])
+    return tuple(float((a - b).abs().max()) if a.numel() else 0.0 for a, b in zip(found, expected, strict=True))
+
+
+def sparse_sent_bytes(comms: Communicators, case: Case, num_rows: int) -> tuple[int, int]:
+    """Payload bytes this rank sends in the forward and in the backward."""
+    communicator = comms.communicator(range(case.degree))
+    communicator.counter.reset()
+    out, mine, parts = _run_sparse(comms, case, _projections(case, num_rows))
+    forward = communicator.counter.sent_bytes
+    torch.autograd.grad(out.sum(), (*mine, *parts))
+    return forward, communicator.counter.sent_bytes - forward
+
+
+def _run_sparse(
+    comms: Communicators, case: Case, projections: tuple[Tensor, Tensor]
+) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor]]:
+    layout = make_layouts(case)[0]
+    tokens = layout.token_indices(comms.global_rank)
+    leaves = [tensor[tokens].requires_grad_() for tensor in make_inputs(case)[:3]]
+    out = sparse_parallel_attention(*leaves, *projections, layout=layout, group=comms.communicator(range(case.degree)))
+    return out, leaves, projections

@@ -12,9 +12,9 @@ from gloo_pool import GlooPool
 
 from raysp.attention.methods.ulysses import heads_divide
 
-METHODS = ("ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses", "ulysses_ring")
+METHODS = ("ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses", "ulysses_ring", "rsa")
 # Each moves one shard's worth of rows around, without all-to-alls.
-WITHOUT_HEADS = ("ring", "bidirectional_ring", "token_ring", "all_gather")
+WITHOUT_HEADS = ("ring", "bidirectional_ring", "token_ring", "all_gather", "rsa")
 ACROSS_BORDERS = (1, 63, 127, 1000)
 HEADS = [(4, 2), (4, 4), (4, 1)]
 
@@ -177,6 +177,8 @@ def test_bytes_follow_the_formulas(gloo_pool: GlooPool, causal: bool) -> None:
         "ring": (2 * trim * full / group, 2 * (shared + trim) * full / group),
         "token_ring": (trim * full * (2 + 1 / head_size), trim * full * (3 + 2 / head_size)),
         "all_gather": (2 * trim * full / group, 4 * trim * full / group),
+        # The gradients go straight home, over the rows that were used.
+        "rsa": (2 * trim * full / group, 4 * trim * full / group),
         "ulysses": (full * (2 + 2 * degree / 4) / degree, full * (2 + 2 * degree / 4) / degree),
     }
     for method, (forward, backward) in expected.items():
@@ -189,3 +191,17 @@ def test_documents_of_one_rank_send_nothing(gloo_pool: GlooPool) -> None:
     case = Case((5, 3, 7, 6), 4)
     for method in WITHOUT_HEADS:
         assert gloo_pool.run(ranks.sent_bytes, replace(case, causal=False), method) == [(0, 0)] * 4
+
+
+@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("degree", [2, 3, 4])
+def test_sparse_rsa_equals_linformer_on_one_rank(gloo_pool: GlooPool, degree: int, order: str) -> None:
+    case = Case((130, 1, 63), degree, num_heads=4, num_key_heads=2, causal=False, order=order)
+    for errors in gloo_pool.run(ranks.sparse_errors, case, 7, world=degree):
+        assert max(errors) < 1e-10
+
+
+def test_sparse_rsa_sends_no_more_for_longer_documents(gloo_pool: GlooPool) -> None:
+    sent = [gloo_pool.run(ranks.sparse_sent_bytes, Case((length,), 4, causal=False), 7) for length in (64, 4096)]
+    assert sent[0] == sent[1]
+    assert sent[0][0][0] > 0

@@ -63,7 +63,6 @@ def test_inputs_that_are_views_of_another_memory_order_are_accepted() -> None:
         ({"kv_layout": SequenceLayout([3], 1), "causal": False}, "1 documents, layout degree 1 and 2"),
         ({"kv_layout": SequenceLayout([5, 8], 1)}, "expected causal = False for cross attention"),
         ({"kv_layout": SequenceLayout([5, 8], 1), "causal": False}, "expected 13 rows of k, v, the kv_layout's"),
-        ({"method": "rsa"}, "'rsa' is not supported yet"),
         ({"method": "rings"}, "'rings' is unknown"),
         ({"kernel": "fa4"}, "expected bf16 or fp16 on CUDA"),
         ({"layout": SequenceLayout([5, 6], 1)}, "expected 11 rows"),
