@@ -223,9 +223,9 @@ class Shards:
         return visible_pairs(queries, self.window)
 
     def _padded(self, pairs: FloatArray, queries: FloatArray, keys: FloatArray) -> FloatArray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            padded = pairs * (1 + self._n0 / queries) * (1 + self._n0 / keys)
-        return np.where(pairs > 0, padded, 0.0)
+        # A segment has a row at least; less is a chunk's fraction, or the rounding of one.
+        padded = pairs * (1 + self._n0 / np.maximum(queries, 1.0)) * (1 + self._n0 / np.maximum(keys, 1.0))
+        return np.where((queries > 0) & (keys > 0), padded, 0.0)
 
     def _causal_bundles(self, share_by_chunk: FloatArray) -> Bundles:
         """One bundle for each chunk (row), from the share of its rows that each chunk of the other side (column) needs."""

@@ -96,6 +96,19 @@ def test_every_pair_is_the_work_of_one_pair_of_ranks(work: AttentionWork, merged
         assert pairs == pytest.approx(work.num_pairs, rel=1e-9, abs=rounding)
 
 
+@settings(max_examples=100, deadline=None)
+@given(work=works(), factor=st.floats(1.0, 10.0))
+def test_padding_adds_at_most_that_of_short_segments(work: AttentionWork, factor: float) -> None:
+    """A segment of one row is padded most, by (1 + n0) on each side."""
+    rows = factor * 50.0
+    for exact, padded in (
+        (Shards(work, 0.0).pairs().padded_pairs, Shards(work, rows).pairs().padded_pairs),
+        (Shards(work, 0.0).gathered().padded_pairs, Shards(work, rows).gathered().padded_pairs),
+    ):
+        assert np.all(exact <= padded)
+        assert np.all(padded <= exact * (1 + rows) ** 2 * (1 + 1e-9))
+
+
 @pytest.mark.parametrize("degree", [3, 4, 8])
 @pytest.mark.parametrize(("num_heads", "num_key_heads"), [(24, 24), (24, 6), (24, 3)])
 def test_bytes_of_a_dense_document_are_those_of_the_table(degree: int, num_heads: int, num_key_heads: int) -> None:
