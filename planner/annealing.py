@@ -1,8 +1,10 @@
 """Simulated annealing over whole plans: many short runs from different starts, the best feasible state of all.
 
-Runs differ in the number of micro-batches, the start and the temperatures; short runs from many starts find better
-shapes than one long run, and re-annealing the best state gently finds the last per cent. A run is deterministic for its
-seed where it is counted in chunks of proposals; by the clock it cools with the share of its time that has passed.
+Runs differ in the number of micro-batches, the starts and the temperatures. Short runs from many starts find better
+shapes than one long run, and the end of a very short one tells most of what a longer one will reach: so a run first
+tries several starts briefly, and only the best goes on. Starts are fresh, or the best plan with some of its micro-batches
+made anew; re-annealing the best plan gently finds the last per cent. A run is deterministic for its seed where it is
+counted in chunks of proposals; by the clock it cools with the share of its time that has passed.
 """
 
 from __future__ import annotations
@@ -14,20 +16,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from planner.anneal_kernel import anneal, judge, load_groups
-from planner.baselines import homogeneous_shape
+from planner.annealing_starts import SPARE_SLOTS, State, cut_state, tables_of, tight_state, with_part
 from planner.budget import Budget
-from planner.fill_kernels import climb, deal, expand, pack_until
-from planner.micro_batches import split_contiguous
-from planner.problem import Draft, IntArray, Problem
+from planner.problem import Draft, Problem
 from planner.search_tables import SearchTables
 
 # Proposals between two looks at the clock and the true objective: enough to touch every sequence often.
 _MOST_STEPS, _LEAST_STEPS, _STEPS_PER_SEQUENCE = 20_000, 1_000, 40
-# Slots beyond the ranks, so that splits always find one.
-_SPARE_SLOTS = 4
-# Degrees at which a sequence alone takes longer than this many times the fastest are not tried for its micro-batch.
-_SLOWEST_ALONE = 2.5
-_OVERFLOW_WEIGHT = 10.0
 _LAST_TEMPERATURE = 5e-6
 _LAST_MEMORY_WEIGHT = 100.0
 _REFORM_SHARE = 0.05
@@ -35,6 +30,12 @@ _REFORM_SHARE = 0.05
 _NUM_COUNTS = 3
 # A count this much worse than the best one gets no further runs.
 _HOPELESS = 1.03
+# Starts tried in a run, and the share of its time that each gets.
+_NUM_TRIALS, _TRIAL_SHARE = 5, 0.06
+# A trial that overflows memory counts as this much worse, and as worse by its overflow.
+_OVERFULL = 1.05
+# Runs that only know fresh starts.
+_FIRST_FRESH = 6
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,12 @@ class Cooling:
 
 _COOLINGS = (Cooling(1e-3, 0.05), Cooling(4e-3, 0.3), Cooling(1e-3, 0.3), Cooling(2e-3, 0.05))
 _GENTLE = Cooling(3e-4, 1.0)
-
-
-@dataclass
-class State:
-    """A plan in the making; see `planner.search_tables`."""
-
-    assign: IntArray
-    kind: IntArray
-    batch: IntArray
-    num_batches: int
-
-    def copy(self) -> State:
-        """Return a state that shares nothing."""
-        return State(self.assign.copy(), self.kind.copy(), self.batch.copy(), self.num_batches)
+_TRIAL = Cooling(1e-3, 0.3)
 
 
 @dataclass
 class AnnealingSearch:
-    """The runs of one thread; `step` makes the next one.
+    """The runs of one thread; `run` makes the next one.
 
     Attributes:
         problem: The batch.
@@ -91,25 +79,27 @@ class AnnealingSearch:
         total_s = self.problem.step_time_s(draft) - self.problem.step_fixed_s
         if total_s < self.best_s:
             self.best_s = total_s
-            arrays = self.tables.state(draft, len(draft) * (self.problem.num_ranks + _SPARE_SLOTS))
+            arrays = self.tables.state(draft, len(draft) * (self.problem.num_ranks + SPARE_SLOTS))
             self.best = State(*arrays, len(draft))
 
     def run(self, duration_s: float) -> None:
         """Make one run of about `duration_s` (or of the budget's chunks), and keep its best state if it is better."""
         place = self.num_runs
         self.num_runs += 1
+        seed = self.seed * 1_000_003 + place
         if self.best is not None and place >= _NUM_COUNTS and place % 3 == 2:
-            start, cooling = self.best.copy(), _GENTLE
+            state, total_s = self._annealed(self.tables, self.best.copy(), _GENTLE, duration_s, seed)
+        elif self.best is not None and place >= _FIRST_FRESH and place % 3 == 1 and self.best.num_batches > 2:
+            state, total_s = self._refilled(self.best, duration_s, seed)
         else:
             fresh = self._num_fresh
             self._num_fresh += 1
-            start = self._start(self._next_count(fresh), fresh)
             cooling = _COOLINGS[(fresh // 2 + self.seed) % len(_COOLINGS)]
-        state, total_s = self._annealed(start, cooling, duration_s, seed=self.seed * 1_000_003 + place)
+            state, total_s = self._started(self.tables, self._next_count(fresh), cooling, duration_s, seed)
         if state is None:
             return
-        known = self._best_of_count.get(start.num_batches, math.inf)
-        self._best_of_count[start.num_batches] = min(known, total_s)
+        known = self._best_of_count.get(state.num_batches, math.inf)
+        self._best_of_count[state.num_batches] = min(known, total_s)
         better = total_s < self.best_s * (1 - 1e-12)
         if better and (self.tables.packing.only_sum or self.problem.fits(self.draft_of(state))):
             self.best, self.best_s = state, total_s
@@ -118,12 +108,55 @@ class AnnealingSearch:
         """Return a state as a draft."""
         return self.tables.draft(state.assign, state.kind, state.batch)
 
-    def _start(self, count: int, fresh: int) -> State:
-        """Return a fresh state; the ways to make one take turns."""
-        if fresh % 4 != 3:
-            random = np.random.default_rng((self.seed, fresh))
-            return tight_state(self.problem, self.tables, count, random)
-        return start_state(self.problem, self.tables, count, climbing=(fresh // 4 + self.seed) % 2 == 0)
+    def _refilled(self, best: State, duration_s: float, seed: int) -> tuple[State | None, float]:
+        """Make two or three micro-batches of the best plan anew, from fresh starts of their sequences alone."""
+        random = np.random.default_rng((seed, 1))
+        num = min(best.num_batches - 1, int(random.integers(2, 4)))
+        batches = np.sort(random.choice(best.num_batches, num, replace=False))
+        members = np.flatnonzero(np.isin(best.batch[best.assign], batches))
+        inside = tables_of(self.tables, members)
+        part, _ = self._started(inside, num, _COOLINGS[0], duration_s, seed)
+        if part is None:
+            return None, math.inf
+        state = with_part(self.problem, self.tables, best, batches, members, part)
+        return state, self._judged(self.tables, state)[0]
+
+    def _started(
+        self, tables: SearchTables, count: int, cooling: Cooling, duration_s: float, seed: int
+    ) -> tuple[State | None, float]:
+        """Anneal several starts briefly and the best of them on; return the best feasible state, if any."""
+        random = np.random.default_rng(seed)
+        begun_s = self.budget.clock()
+        ends: list[tuple[float, int, State]] = []
+        for trial in range(_NUM_TRIALS):
+            # Making a start of many sequences takes long itself.
+            tried_s = self.budget.clock() - begun_s
+            if trial > 0 and tried_s >= duration_s * _NUM_TRIALS * _TRIAL_SHARE and self.budget.node_limit is None:
+                break
+            start = (cut_state if trial % 2 else tight_state)(self.problem, tables, count, random)
+            trial_s, trial_seed = duration_s * _TRIAL_SHARE, seed * _NUM_TRIALS + trial
+            state, total_s = self._annealed(tables, start, _TRIAL, trial_s, trial_seed, _TRIAL_SHARE)
+            if state is None:
+                state = start
+                total_s, overflow = self._judged(tables, state)
+                total_s *= _OVERFULL * (1 + overflow)
+            ends.append((total_s, trial, state))
+        chosen = min(ends, key=lambda end: end[:2])[2]
+        left_s = duration_s - (self.budget.clock() - begun_s)
+        return self._annealed(tables, chosen, cooling, left_s, seed, 1 - _NUM_TRIALS * _TRIAL_SHARE)
+
+    def _judged(self, tables: SearchTables, state: State) -> tuple[float, float]:
+        """Return the seconds of a state, and the sum of its groups' overflows in capacities."""
+        num_slots = len(state.kind)
+        load, held = np.zeros(num_slots), np.zeros(num_slots, dtype=np.int64)
+        members = np.zeros(num_slots, dtype=np.int64)
+        load_groups(state.assign, state.kind, tables.share_s, tables.tokens, load, held, members)
+        total_s, _ = judge(
+            state.kind, state.batch, tables.fixed_s, tables.max_tokens, state.num_batches, load, held, members
+        )
+        used = members > 0
+        overflow = np.maximum(held[used] / tables.max_tokens[state.kind[used]] - 1, 0).sum()
+        return float(total_s), float(overflow)
 
     def _next_count(self, fresh: int) -> int:
         """Return the number of micro-batches of the next fresh run: each a few times, then those that do well."""
@@ -137,13 +170,21 @@ class AnnealingSearch:
         # The best count most often, the others in turn.
         return good[0] if fresh % 3 else good[(fresh // 3) % len(good)]
 
-    def _annealed(self, state: State, cooling: Cooling, duration_s: float, seed: int) -> tuple[State | None, float]:
-        tables = self.tables
+    def _annealed(
+        self,
+        tables: SearchTables,
+        state: State,
+        cooling: Cooling,
+        duration_s: float,
+        seed: int,
+        share_of_run: float = 1.0,
+    ) -> tuple[State | None, float]:
+        """Anneal `state`, which is changed; return the best feasible state on the way, if any, and its seconds."""
         num_slots = len(state.kind)
         load, held = np.zeros(num_slots), np.zeros(num_slots, dtype=np.int64)
         members = np.zeros(num_slots, dtype=np.int64)
         random = np.asarray([(seed * 2_654_435_761 + 88_172_645_463_325_252) % 2**64 | 1], dtype=np.uint64)
-        done = progress(self.budget, duration_s)
+        done = progress(self.budget, duration_s, share_of_run)
         best: State | None = None
         best_s = math.inf
         unit_s = 0.0
@@ -186,108 +227,17 @@ class AnnealingSearch:
             )
 
 
-def start_state(problem: Problem, tables: SearchTables, count: int, *, climbing: bool) -> State:
-    """Return micro-batches contiguous in length with homogeneous shapes, or with shapes climbed to by LPT.
+def progress(budget: Budget, duration_s: float, share_of_run: float = 1.0) -> Callable[[], float]:
+    """Return a function that says which share of a run is over, 1 at its end: by chunks or by the clock.
 
-    Memory may overflow: annealing mends that where it can be mended.
+    Args:
+        budget: A node limit says how many chunks a whole run has.
+        duration_s: Seconds by the clock.
+        share_of_run: The part of a whole run's chunks, where chunks are counted.
     """
-    runs = split_contiguous(tables.tokens, count)
-    state = _empty_state(problem, tables, len(runs))
-    for m, run in enumerate(runs):
-        _fill(tables, state, m, np.arange(run.start, run.stop), climbing=climbing)
-    return state
-
-
-def tight_state(problem: Problem, tables: SearchTables, count: int, random: np.random.Generator) -> State:
-    """Return micro-batches filled one after the other to a time each, drawn at random.
-
-    The time is that of the longest waiting sequence alone at a drawn degree, or an even share of the waiting work if
-    that is more, times a little: so the first micro-batches are only as long as their longest sequences demand, and
-    short sequences fill what is left. The last micro-batch takes what waits then, and may overflow.
-    """
-    state = _empty_state(problem, tables, count)
-    ladder = _ladder(tables)
-    slots = problem.num_ranks + _SPARE_SLOTS
-    work_s = (tables.share_s * tables.degree[:, None]).min(axis=0) / problem.num_ranks
-    waiting = np.arange(len(tables.tokens))
-    for m in range(count - 1):
-        if len(waiting) == 0:
-            break
-        longest = waiting[0]
-        alone_s = tables.fixed_s[ladder] + tables.share_s[ladder, longest]
-        alone_s = alone_s[tables.max_tokens[ladder] >= tables.tokens[longest]]
-        if len(alone_s) == 0:
-            break
-        drawn_s = random.choice(alone_s[alone_s <= _SLOWEST_ALONE * alone_s.min()])
-        even_s = float(tables.fixed_s.min()) + float(work_s[waiting].sum()) / (count - m)
-        time_s = max(drawn_s * random.uniform(1.0, 1.1), even_s * random.uniform(0.8, 1.05)) * (1 + 1e-9)
-        shape = np.zeros(problem.num_ranks, dtype=np.int64)
-        group_of = np.empty(len(waiting), dtype=np.int64)
-        num_groups = pack_until(
-            time_s,
-            waiting,
-            ladder,
-            tables.degree,
-            tables.num_ranks,
-            tables.packing,
-            tables.tokens,
-            tables.share_s,
-            tables.fixed_s,
-            tables.max_tokens,
-            shape,
-            group_of,
-        )
-        dealt = group_of >= 0
-        state.assign[waiting[dealt]] = group_of[dealt] + m * slots
-        state.kind[m * slots : m * slots + num_groups] = shape[:num_groups]
-        waiting = waiting[~dealt]
-    if len(waiting):
-        _fill(tables, state, count - 1, waiting, climbing=True)
-    return state
-
-
-def _empty_state(problem: Problem, tables: SearchTables, count: int) -> State:
-    slots = problem.num_ranks + _SPARE_SLOTS
-    return State(
-        np.zeros(len(tables.tokens), dtype=np.int64),
-        np.full(count * slots, -1, dtype=np.int64),
-        np.repeat(np.arange(count), slots),
-        count,
-    )
-
-
-def _fill(tables: SearchTables, state: State, m: int, members: IntArray, *, climbing: bool) -> None:
-    """Deal sequences to the best homogeneous shape of micro-batch m, or to the best shape climbed to from those."""
-    slots = len(state.kind) // state.num_batches
-    tokens, share_s = tables.tokens[members], np.ascontiguousarray(tables.share_s[:, members])
-    arrays = (tokens, share_s, tables.fixed_s, tables.max_tokens)
-    ladder = _ladder(tables)
-    trial = np.zeros(len(members), dtype=np.int64)
-    best_s, best_shape = math.inf, None
-    for k in ladder:
-        if tables.max_tokens[k] < tokens[0] and k != ladder[-1]:
-            continue
-        counts = homogeneous_shape(tables, int(k))
-        if counts[k] == 0:
-            continue
-        if climbing:
-            packing = (tables.degree, tables.num_ranks, tables.packing)
-            value_s = climb(0, len(members), counts, ladder, *packing, *arrays, trial, _OVERFLOW_WEIGHT)
-        else:
-            slowest_s, overflow = deal(0, len(members), expand(counts), *arrays, trial)
-            value_s = slowest_s * (1 + _OVERFLOW_WEIGHT * overflow)
-        if value_s < best_s:
-            best_s, best_shape = value_s, expand(counts)
-            state.assign[members] = trial + m * slots
-    if best_shape is not None:
-        state.kind[m * slots : m * slots + len(best_shape)] = best_shape
-
-
-def progress(budget: Budget, duration_s: float) -> Callable[[], float]:
-    """Return a function that says which share of a run is over, 1 at its end: by chunks or by the clock."""
     if budget.node_limit is not None:
-        chunks = iter(range(budget.node_limit + 1))
-        total = budget.node_limit
+        total = max(1, round(budget.node_limit * share_of_run))
+        chunks = iter(range(total + 1))
         return lambda: next(chunks) / total
     start_s = budget.clock()
     length_s = max(1e-6, min(duration_s, budget.deadline_s - start_s))
@@ -296,12 +246,3 @@ def progress(budget: Budget, duration_s: float) -> Callable[[], float]:
 
 def _between(first: float, last: float, share: float) -> float:
     return first * math.pow(last / first, share)
-
-
-def _ladder(tables: SearchTables) -> IntArray:
-    """Return for every power-of-two degree the kind with the least time for the whole batch, ascending."""
-    ladder = []
-    for degree in sorted({int(d) for d in tables.degree if d & (d - 1) == 0}):
-        first, num = int(tables.first_kind[degree]), int(tables.num_kinds[degree])
-        ladder.append(min(range(first, first + num), key=lambda k: float(tables.share_s[k].sum())))
-    return np.asarray(ladder, dtype=np.int64)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from planner.annealing import AnnealingSearch
 from planner.baselines import batch_adaptive_draft
-from planner.bounds import step_lower_bound_s
+from planner.bounds import area_s, longest_s, step_lower_bound_s
 from planner.budget import Budget
 from planner.exact import exact_draft, is_tiny
 from planner.integer_program import improve_with_program
@@ -30,8 +30,10 @@ _BOUND_SHARE = 0.6
 _PROGRAM_SHARE = 0.05
 # Many short runs from different starts find better shapes than few long ones.
 _SHORTEST_RUN_S, _LONGEST_RUN_S, _SEQUENCES_OF_RUN = 0.02, 0.1, 512
-# Of the time limit, kept for making the plan from the draft.
-_FINISH_SHARE = 0.01
+# Of the time limit, kept for making the plan from the draft, and for solvers that look at their clock late.
+_FINISH_SHARE = 0.012
+# Building and stopping a program takes about so long; with less time left, none is started.
+_SHORTEST_PROGRAM_S = 0.02
 # Annealing runs of each of the two searches where no clock counts.
 _COUNTED_RUNS = 6
 # A better draft is worth telling the caller from here on.
@@ -123,6 +125,7 @@ class _Portfolio:
         self.solvers = solvers
         self.first = first
         self.on_better = on_better
+        self.finish_s = _FINISH_SHARE * (budget.left_s() or 0.0)
         self.told_s = problem.step_time_s(first.draft)
         self.searches = [AnnealingSearch(problem, tables, budget, budget.seed * 2 + n) for n in range(2)]
         for search in self.searches:
@@ -207,7 +210,7 @@ class _Portfolio:
         """Return the draft after integer programs on its micro-batches, notes, and the sum of their bounds."""
         problem, budget = self.problem, self.budget
         micro_batches = list(draft)
-        bounds = [step_lower_bound_s(_part(problem, m)) - problem.step_fixed_s for m in micro_batches]
+        bounds = [_makespan_bound_s(_part(problem, m)) for m in micro_batches]
         slack_s = [problem.makespan_s(m) - bound for m, bound in zip(micro_batches, bounds, strict=True)]
         promising = [i for i in range(len(draft)) if slack_s[i] > _GOOD_ENOUGH * bounds[i]]
         promising.sort(key=lambda i: (len([s for g in micro_batches[i] for s in g.sequences]), -slack_s[i], i))
@@ -216,6 +219,10 @@ class _Portfolio:
             if budget.expired() or not self.solvers:
                 break
             left_s = budget.left_s()
+            if left_s is not None:
+                left_s -= self.finish_s
+                if left_s < _SHORTEST_PROGRAM_S:
+                    break
             # Solvers look at the clock now and then only.
             share_s = None if left_s is None else left_s / 2 / (len(promising) - place)
             result = improve_with_program(problem, micro_batches[index], bounds[index], share_s, budget, self.solvers)
@@ -231,3 +238,9 @@ class _Portfolio:
 def _part(problem: Problem, micro_batch: DraftMicroBatch) -> Problem:
     lengths = tuple(problem.lengths[i] for group in micro_batch for i in group.sequences)
     return Problem(lengths, problem.cluster, problem.cost_model, problem.kinds, problem.sync)
+
+
+def _makespan_bound_s(part: Problem) -> float:
+    """Return a lower bound of one micro-batch that holds all sequences of `part`."""
+    # Sums of thousands of floats are off by a few units in the last place; a bound must stay below.
+    return max(min(part.fixed_s) + area_s(part), longest_s(part)) * (1 - 1e-12)
