@@ -114,8 +114,7 @@ class KeyRing:
 
     def _streams(self, call: AttentionCall, num_heads: int, num_key_heads: int, *, with_return: bool) -> list[Stream]:
         schedule = call.schedule
-        # Whole documents, the third part of a zigzag layout, stay at home.
-        travelling_parts = range(min(2, len(schedule.key_layout.parts(0))))
+        parts = range(len(schedule.key_layout.parts(0)))
         if not self.bidirectional and schedule.mask.window is None:
             return [Stream(least_itinerary(schedule, side="keys", with_return=with_return), ALL_HEADS, ALL_HEADS)]
         if not self.bidirectional:
@@ -123,13 +122,14 @@ class KeyRing:
             # goes the way on which it is done after a few hops.
             return [
                 Stream(least_itinerary(schedule, side="keys", with_return=False, key_part=part), ALL_HEADS, ALL_HEADS)
-                for part in travelling_parts
+                for part in parts
             ]
         if num_key_heads == 1:
-            # One head cannot be halved: first chunks go one way, second chunks the other.
+            # One head cannot be halved: first chunks go one way, second chunks the other, and whole documents, which
+            # others need in cross attention only, with the first.
             return [
                 Stream(Itinerary(schedule, direction, "keys", key_part=part), ALL_HEADS, ALL_HEADS)
-                for part, direction in zip(travelling_parts, (1, -1), strict=False)
+                for part, direction in zip(parts, (1, -1, 1), strict=False)
             ]
         halves = head_groups(num_heads, num_key_heads, 2)
         return [
