@@ -7,6 +7,7 @@ from raysp.comm.communicator import ByteCounter, Communicator
 from raysp.comm.communicators import Communicators, init_process
 from raysp.comm.errors import RankLostError, RankTimeoutError
 from raysp.comm.exchange import Message, PendingExchange, exchange
+from raysp.comm.links import LinkMeasurement, PairMeasurement, measure_link, measure_pairs
 from raysp.comm.rendezvous import await_ranks, connect_store, serve_store
 from raysp.comm.world import all_reduce_sum, world_mesh
 
@@ -14,7 +15,9 @@ __all__ = [
     "ByteCounter",
     "Communicator",
     "Communicators",
+    "LinkMeasurement",
     "Message",
+    "PairMeasurement",
     "PendingExchange",
     "ProcessGroup",
     "RankLostError",
@@ -25,6 +28,8 @@ __all__ = [
     "connect_store",
     "exchange",
     "init_process",
+    "measure_link",
+    "measure_pairs",
     "reduce_scatter_rows",
     "serve_store",
     "start_all_gather_rows",

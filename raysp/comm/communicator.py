@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
 
 from raysp.errors import InputError
+
+if TYPE_CHECKING:
+    from raysp.comm.links import LinkMeasurement
 
 
 @dataclass
@@ -39,6 +43,9 @@ class Communicator:
         group_rank: This process's index in ``ranks``.
         timeout_s: Stated in time-out errors; the group's own time-out decides.
         counter: What this rank has sent.
+        store: Store of the epoch, where ranks whose exchange fails leave notes, so that all name the same rank. ``None``
+            for groups from elsewhere; their errors name the direct peer.
+        measured_links: What ``measure_link`` found, by ranks and device type; shared with subsets.
     """
 
     process_group: dist.ProcessGroup | None
@@ -46,6 +53,10 @@ class Communicator:
     group_rank: int
     timeout_s: float = float("nan")
     counter: ByteCounter = field(default_factory=ByteCounter, compare=False)
+    store: dist.Store | None = field(default=None, compare=False, repr=False)
+    measured_links: dict[tuple[tuple[int, ...], str], LinkMeasurement] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def degree(self) -> int:

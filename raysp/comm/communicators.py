@@ -95,7 +95,9 @@ class Communicators:
                 f"group {list(key)} would be number {len(self._communicators) + 1} of epoch {self.epoch}; expected at "
                 f"most {self.max_groups} groups. Let the planner use aligned power-of-two groups, or raise max_groups."
             )
-        communicator = Communicator(self._make_group(key), key, key.index(self.global_rank), self.timeout_s)
+        communicator = Communicator(
+            self._make_group(key), key, key.index(self.global_rank), self.timeout_s, store=self._store
+        )
         self._communicators[key] = communicator
         return communicator
 

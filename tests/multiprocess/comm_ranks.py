@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
+import time
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from raysp.comm import (
+    Communicator,
     Communicators,
+    LinkMeasurement,
     Message,
+    PairMeasurement,
     RankLostError,
     RankTimeoutError,
     all_to_all_rows,
     exchange,
     init_process,
+    measure_link,
+    measure_pairs,
     reduce_scatter_rows,
     start_all_gather_rows,
 )
@@ -148,6 +155,97 @@ def exchange_with_dying_peer(comms: Communicators) -> tuple[int, ...]:
     except RankLostError as error:
         return error.lost_ranks
     return ()
+
+
+def exchanged_within_halves(comms: Communicators) -> tuple[list[float], list[float], int]:
+    """Ranks (0, 2) and (3, 1) trade rows and messages at once; what arrived, and the bytes that the whole group counts."""
+    communicator = comms.communicator(range(comms.world_size))
+    communicator.counter.reset()
+    rank = communicator.group_rank
+    half = communicator.subset((0, 2) if rank in (0, 2) else (3, 1))
+    other = 1 - half.group_rank
+    traded = all_to_all_rows(torch.full((2,), float(rank)), [1, 1], [1, 1], half)
+    received = torch.empty(2)
+    exchange([Message(torch.full((2,), rank + 10.0), other)], [Message(received, other)], half).wait()
+    return traded.tolist(), received.tolist(), communicator.counter.sent_bytes
+
+
+def errors_of_bad_subsets(comms: Communicators) -> list[str]:
+    """Messages for subsets that cannot be."""
+    communicator = comms.communicator(range(comms.world_size))
+    rank, messages = communicator.group_rank, []
+    for subset in ((rank, rank), (rank, 9), ((rank + 1) % 4,)):
+        try:
+            communicator.subset(subset)
+        except RayspError as error:
+            messages.append(str(error))
+    return messages
+
+
+def ring_whose_rank_dies(comms: Communicators, dying_rank: int, with_store: bool) -> tuple[tuple[int, ...], str, float]:
+    """Every rank passes messages to the next until one of them dies in mid-exchange.
+
+    Returns:
+        The ranks that the error names, its text, and the time from the death.
+    """
+    communicator = comms.communicator(range(comms.world_size))
+    rank = communicator.group_rank
+    if not with_store:
+        communicator = replace(communicator, store=None)
+    start_s = time.monotonic()
+    for hop in range(100):
+        if hop == 3 and rank == dying_rank:
+            os._exit(1)
+        try:
+            pass_on(communicator)
+        except RankLostError as error:
+            return error.lost_ranks, str(error), time.monotonic() - start_s
+    raise AssertionError("no hop failed")
+
+
+def pass_on(communicator: Communicator) -> None:
+    """Send a little to the next rank and receive it from the previous one."""
+    rank, degree = communicator.group_rank, communicator.degree
+    sends = [Message(torch.ones(4), (rank + 1) % degree)]
+    exchange(sends, [Message(torch.empty(4), (rank - 1) % degree)], communicator).wait()
+
+
+def chain_whose_rank_is_silent(comms: Communicators) -> tuple[int, ...]:
+    """Rank 3 waits for 2, which waits for 1, which does nothing; the ranks that the error names."""
+    if comms.global_rank == 0:
+        return ()
+    mine = short_lived(comms, "chain", 1.5)
+    communicator = mine.communicator((1, 2, 3))
+    try:
+        if communicator.group_rank > 0:
+            exchange([], [Message(torch.empty(4), communicator.group_rank - 1)], communicator).wait()
+    except (RankTimeoutError, RankLostError) as error:
+        return error.missing_ranks if isinstance(error, RankTimeoutError) else error.lost_ranks
+    finally:
+        mine.barrier((1, 2, 3), timeout_s=20.0)
+    return ()
+
+
+def measured_link(comms: Communicators) -> tuple[LinkMeasurement, bool, int, float]:
+    """The link of all ranks, whether a second call repeats it, the bytes counted, and the time taken."""
+    communicator = comms.communicator(range(comms.world_size))
+    communicator.counter.reset()
+    comms.barrier()
+    start_s = time.monotonic()
+    link = measure_link(communicator, device="cpu")
+    took_s = time.monotonic() - start_s
+    return link, measure_link(communicator, device="cpu") is link, communicator.counter.sent_bytes, took_s
+
+
+def measured_halves(comms: Communicators) -> LinkMeasurement:
+    """The link of ranks (0, 1) or (2, 3), both measured at once, through views of the same group."""
+    communicator = comms.communicator(range(comms.world_size))
+    return measure_link(communicator.subset((0, 1) if communicator.group_rank < 2 else (2, 3)), device="cpu")
+
+
+def measured_pairs(comms: Communicators, nodes: tuple[str, ...] | None) -> tuple[PairMeasurement, ...]:
+    """The links of neighbours."""
+    return measure_pairs(comms.communicator(range(comms.world_size)), device="cpu", nodes=nodes)
 
 
 def next_epoch(comms: Communicators, port: int, ending: str) -> tuple[float, float]:

@@ -6,10 +6,11 @@ Every wait is bounded. A rank that hangs or dies takes the pool down, and the ne
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -75,6 +76,41 @@ class GlooPool:
             self.stop()
             raise RankFailedError("\n".join(failures))
         return [value for _, value in answers]
+
+    def run_until_death(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        ranks_that_answer: Sequence[int] | None = None,
+        timeout_s: float = 60.0,
+    ) -> dict[int, Any]:
+        """Call ``fn(comms, *args)`` on all ranks, some of which die of it, and return the others' results by rank.
+
+        Args:
+            fn: As in ``run``.
+            args: As in ``run``.
+            ranks_that_answer: Whom to wait for; all by default.
+            timeout_s: Longest wait for all results together.
+
+        Raises:
+            RankFailedError: Some rank raised, or neither died nor answered in time.
+        """
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((fn, args))
+        deadline_s = time.monotonic() + timeout_s
+        results = {}
+        for rank in range(self.size) if ranks_that_answer is None else ranks_that_answer:
+            if not self._pipes[rank].poll(max(0.0, deadline_s - time.monotonic())):
+                raise RankFailedError(f"rank {rank}: no answer within {timeout_s} s")
+            with contextlib.suppress(EOFError, OSError):
+                succeeded, value = self._pipes[rank].recv()
+                if not succeeded:
+                    raise RankFailedError(f"--- rank {rank}\n{value}")
+                results[rank] = value
+        self.stop()
+        return results
 
     def stop(self) -> None:
         """End all ranks; the next ``run`` starts new ones."""

@@ -1,0 +1,229 @@
+"""How fast the links of a group are: a few exchanges that all its ranks time together.
+
+Every number is the slowest rank's, agreed on around the ring, so that what is decided from it is the same on all ranks.
+Nothing of this is counted as sent.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from raysp.comm.communicator import ByteCounter, Communicator
+from raysp.comm.exchange import Message, exchange
+from raysp.errors import InputError
+
+_MIB = 1024**2
+_SMALL_BYTES = 8
+_SMALL_ROUNDS = 3
+_SMALL_REPEATS = 10
+# A size whose time says how much of the budget a larger one would take.
+_PROBE_BYTES = 64 * 1024
+_LARGE_BYTES = {"cuda": 16 * _MIB, "cpu": 2 * _MIB}
+_LARGE_BUDGET_S = 0.1
+_MAX_LARGE_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class LinkMeasurement:
+    """What an exchange costs in which every rank sends to one peer and receives from one at once.
+
+    Attributes:
+        bandwidth_bytes_per_s: Per rank and direction.
+        latency_s: Of a message of a few bytes.
+    """
+
+    bandwidth_bytes_per_s: float
+    latency_s: float
+
+    def exchange_time_s(self, num_bytes: float) -> float:
+        """Predict the time of an exchange that carries ``num_bytes`` each way."""
+        return self.latency_s + num_bytes / self.bandwidth_bytes_per_s
+
+
+@dataclass(frozen=True)
+class PairMeasurement:
+    """The link between two ranks (global ranks)."""
+
+    ranks: tuple[int, int]
+    link: LinkMeasurement
+
+
+def measure_link(
+    communicator: Communicator,
+    *,
+    device: torch.device | str,
+    num_bytes: int | None = None,
+    budget_s: float = _LARGE_BUDGET_S,
+) -> LinkMeasurement:
+    """Time ring exchanges in which every rank sends to the next and receives from the previous at once.
+
+    All ranks of the group call this together; later calls return the first one's result.
+
+    Args:
+        communicator: The group, at least two ranks.
+        device: Where the tensors lie: ``cuda`` measures NCCL, ``cpu`` gloo.
+        num_bytes: Size of the large messages; by default 16 MiB on CUDA and 2 MiB on CPU. A slow link gets smaller ones.
+        budget_s: About what the large messages may take.
+
+    Returns:
+        The same numbers, bit for bit, on every rank of the group.
+
+    Raises:
+        InputError: The group has one rank.
+        RankTimeoutError: A rank did not take part in time.
+        RankLostError: The connection to a rank broke.
+    """
+    key = (communicator.ranks, torch.device(device).type)
+    if key not in communicator.measured_links:
+        communicator.measured_links[key] = _Ring(communicator, device).measure(num_bytes, budget_s)
+    return communicator.measured_links[key]
+
+
+def measure_pairs(
+    communicator: Communicator,
+    *,
+    device: torch.device | str,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    nodes: Sequence[str] | None = None,
+    num_bytes: int | None = None,
+    budget_s: float = _LARGE_BUDGET_S,
+) -> tuple[PairMeasurement, ...]:
+    """Time the links of single pairs of ranks, several at a time where they do not share anything.
+
+    All ranks of the group call this together with the same arguments.
+
+    Args:
+        communicator: The group, at least two ranks.
+        device: As in ``measure_link``.
+        pairs: Group ranks; by default every rank and the next one.
+        nodes: Node of each group rank. Of the pairs measured at a time, a node's network then carries one.
+        num_bytes: As in ``measure_link``.
+        budget_s: For each round of pairs.
+
+    Returns:
+        One measurement per pair, the same on every rank.
+
+    Raises:
+        InputError: The group has one rank.
+        RankTimeoutError: A rank did not take part in time.
+        RankLostError: The connection to a rank broke.
+    """
+    ring = _Ring(communicator, device)
+    chosen = ring_pairs(communicator.degree) if pairs is None else tuple(pairs)
+    values = [0.0] * (2 * len(chosen))
+    for indices in rounds_of_pairs(chosen, nodes):
+        for index in indices:
+            if communicator.group_rank in chosen[index]:
+                link = _Ring(communicator.subset(chosen[index]), device).measure(num_bytes, budget_s)
+                values[2 * index : 2 * index + 2] = link.bandwidth_bytes_per_s, link.latency_s
+        # Nobody begins the next round while this one goes on.
+        ring.largest([0.0])
+    agreed = ring.largest(values)
+    return tuple(
+        PairMeasurement(
+            (communicator.ranks[first], communicator.ranks[second]),
+            LinkMeasurement(bandwidth_bytes_per_s=agreed[2 * index], latency_s=agreed[2 * index + 1]),
+        )
+        for index, (first, second) in enumerate(chosen)
+    )
+
+
+def ring_pairs(degree: int) -> tuple[tuple[int, int], ...]:
+    """Every rank and the next one around the ring, each pair once."""
+    pairs = [(min(rank, (rank + 1) % degree), max(rank, (rank + 1) % degree)) for rank in range(degree)]
+    return tuple(dict.fromkeys(pair for pair in pairs if pair[0] != pair[1]))
+
+
+def rounds_of_pairs(pairs: Sequence[tuple[int, int]], nodes: Sequence[str] | None = None) -> list[list[int]]:
+    """Spread pairs over rounds so that those of one round share no rank, and no node's network.
+
+    Args:
+        pairs: Group ranks.
+        nodes: Node of each group rank; by default all share one.
+
+    Returns:
+        Per round, the indices of its pairs.
+    """
+    rounds: list[list[int]] = []
+    busy: list[set[int | str]] = []
+    for index, (first, second) in enumerate(pairs):
+        needed: set[int | str] = {first, second}
+        if nodes is not None and nodes[first] != nodes[second]:
+            needed |= {nodes[first], nodes[second]}
+        place = next((number for number, used in enumerate(busy) if not used & needed), len(rounds))
+        if place == len(rounds):
+            rounds.append([])
+            busy.append(set())
+        rounds[place].append(index)
+        busy[place] |= needed
+    return rounds
+
+
+class _Ring:
+    """Timed exchanges around the ranks of a group."""
+
+    def __init__(self, communicator: Communicator, device: torch.device | str) -> None:
+        if communicator.degree < 2:
+            raise InputError(
+                "a group of one rank has no link to measure; expected at least two ranks. Do not measure it."
+            )
+        # A counter of its own: what is measured here is no payload of the group.
+        self._group = replace(communicator, counter=ByteCounter())
+        self._device = torch.device(device)
+        self._next = (communicator.group_rank + 1) % communicator.degree
+        self._previous = (communicator.group_rank - 1) % communicator.degree
+
+    def measure(self, num_bytes: int | None, budget_s: float) -> LinkMeasurement:
+        """See ``measure_link``; without its memory."""
+        # The first exchange makes connections.
+        self._slowest_s(_SMALL_BYTES, repeats=2)
+        latency_s = statistics.median(
+            self._slowest_s(_SMALL_BYTES, repeats=_SMALL_REPEATS) for _ in range(_SMALL_ROUNDS)
+        )
+        self._slowest_s(_PROBE_BYTES, repeats=1)
+        s_per_byte = self._slowest_s(_PROBE_BYTES, repeats=1) / _PROBE_BYTES
+        wanted = _LARGE_BYTES.get(self._device.type, _LARGE_BYTES["cpu"]) if num_bytes is None else num_bytes
+        # Half of the budget for one round leaves the other for what warms up.
+        size = max(_PROBE_BYTES, min(wanted, int(budget_s / 2 / s_per_byte)))
+        first_s = self._slowest_s(size, repeats=1)
+        num_rounds = max(1, min(_MAX_LARGE_ROUNDS, int((budget_s - first_s) / first_s)))
+        large_s = statistics.median(self._slowest_s(size, repeats=1) for _ in range(num_rounds))
+        # On a noisy machine a small message may take longer than it ought to.
+        return LinkMeasurement(size / max(large_s - latency_s, large_s / 2), latency_s)
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """The largest of every rank's values, place by place; the same on all ranks, once all have come."""
+        carried = torch.tensor(values, dtype=torch.float64, device=self._device)
+        largest = carried
+        for _ in range(self._group.degree - 1):
+            received = torch.empty_like(carried)
+            self._hop(carried, received)
+            largest = torch.maximum(largest, received)
+            carried = received
+        found: list[float] = largest.tolist()
+        return found
+
+    def _slowest_s(self, num_bytes: int, *, repeats: int) -> float:
+        """Mean time of one ring exchange on the rank where it was longest."""
+        sent = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        received = torch.zeros_like(sent)
+        self.largest([0.0])
+        self._synchronize()
+        start_s = time.perf_counter()
+        for _ in range(repeats):
+            self._hop(sent, received)
+        self._synchronize()
+        return self.largest([(time.perf_counter() - start_s) / repeats])[0]
+
+    def _hop(self, sent: Tensor, received: Tensor) -> None:
+        exchange([Message(sent, self._next)], [Message(received, self._previous)], self._group).wait()
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
