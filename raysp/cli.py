@@ -274,14 +274,46 @@ def train(
 
 @app.command(rich_help_panel=_JOB)
 def calibrate(
-    config: ConfigFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.", metavar="FILE")],
+    config: Annotated[
+        Path | None, typer.Option(help="TOML configuration, measured on its workers.", metavar="FILE")
+    ] = None,
     overrides: Overrides = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="CSV or JSON of measured groups: lengths, degree, time_s ...", metavar="FILE"),
+    ] = None,
+    num_gpus: Annotated[int | None, typer.Option(min=1, help="With --samples: GPUs of the job measured.")] = None,
+    memory_limit_bytes: Annotated[float | None, typer.Option(help="With --samples: what one GPU may use.")] = None,
+    model_state_bytes: Annotated[
+        float | None, typer.Option(help="With --samples: model states, summed over the GPUs.")
+    ] = None,
+    bytes_per_token: Annotated[
+        float | None, typer.Option(help="With --samples that have no memory_bytes: activations.")
+    ] = None,
+    unsharded_state_bytes: Annotated[
+        float | None, typer.Option(help="With --samples: what --sync per-step holds besides on every GPU.")
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="With --samples that name no method; default: ulysses.")] = None,
+    num_heads: Annotated[int | None, typer.Option(min=1, help="With --samples: query heads.")] = None,
+    num_kv_heads: Annotated[int | None, typer.Option(min=1, help="With --samples: key/value heads.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="With --samples.")] = None,
 ) -> None:
-    """Measure the cost model of a configuration on its workers."""
+    """Make a cost model: measured on the workers of a configuration, or fitted to samples in a file."""
     from raysp.commands import calibrate as command
 
-    command.run(config, overrides or [], output)
+    request = command.SamplesRequest(
+        num_gpus,
+        memory_limit_bytes,
+        model_state_bytes,
+        bytes_per_token,
+        unsharded_state_bytes,
+        attention,
+        num_heads,
+        num_kv_heads,
+        gpus_per_node,
+    )
+    command.run(config, overrides or [], samples, request, output)
 
 
 @app.command(rich_help_panel=_JOB)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from planner import RecomputePolicy, StepPlan, load_preset, read_lengths, validate_plan
+from planner import CostModel, RecomputePolicy, StepPlan, load_preset, read_lengths, validate_plan
 from raysp.cli import describe_error, main
 from raysp.errors import Interrupted, RayspError
 
@@ -399,6 +399,45 @@ def test_train_and_calibrate_refuse_a_missing_configuration(raysp, tmp_path):
     missing = tmp_path / "x.toml"
     raysp("train", "--config", missing).assert_refused("cannot read the configuration")
     raysp("calibrate", "--config", missing, "--output", tmp_path / "o").assert_refused("cannot read the configuration")
+
+
+def test_calibrate_fits_samples_of_a_file_and_the_model_plans(raysp, lengths_file, tmp_path):
+    rows = [
+        f"{tokens},{degree},{(1e-9 * tokens**2 + 1e-5 * tokens) / degree + 0.1 + 0.01 * (degree > 1)},{1e5 * tokens / degree}"
+        for tokens in (1000, 5000, 20000)
+        for degree in (1, 2)
+    ]
+    (tmp_path / "samples.csv").write_text("\n".join(["lengths,degree,time_s,memory_bytes", *rows]))
+    base = ["calibrate", "--samples", tmp_path / "samples.csv", "--output", tmp_path / "new" / "mine.json"]
+    known = ["--num-gpus", 2, "--memory-limit-bytes", 1e10, "--model-state-bytes", 0]
+    shown = raysp(*base, *known, "--num-heads", 8, "--attention", "ring")
+    assert shown.code == 0, shown.err
+    assert "measured and fitted" in shown.out
+    assert "error 0.0% on average" in shown.out
+    model = CostModel.load(tmp_path / "new" / "mine.json")
+    assert (model.name, model.attention, model.num_heads) == ("mine", "ring", 8)
+    assert model.a1_s_per_token2 == pytest.approx(1e-9)
+    assert raysp("plan", "--lengths", lengths_file, "--cost-model", tmp_path / "new" / "mine.json").code == 0
+
+
+def test_calibrate_refuses_bad_samples_and_options(raysp, tmp_path):
+    samples = tmp_path / "samples.csv"
+    base = ["calibrate", "--output", tmp_path / "o.json"]
+    known = ["--num-gpus", 2, "--memory-limit-bytes", 1e10, "--model-state-bytes", 0, "--bytes-per-token", 1]
+    raysp(*base).assert_refused("neither of --config FILE and --samples FILE given")
+    raysp(*base, "--config", "x", "--samples", "y").assert_refused("both of --config FILE")
+    raysp(*base, "--config", "x", "--num-gpus", 2).assert_refused("--num-gpus goes with --samples")
+    raysp(*base, "--samples", samples, "--set", "a=1", *known).assert_refused("--set goes with --config")
+    raysp(*base, "--samples", samples, *known[2:]).assert_refused("--samples needs --num-gpus")
+    raysp(*base, "--samples", samples, *known).assert_refused("cannot read samples")
+    # Times that no length explains.
+    rows = "".join(f"{tokens},1,{time_s}\n" for tokens, time_s in ((10, 9), (20, 0.1), (30, 7), (40, 0.2)))
+    samples.write_text("lengths,degree,time_s\n" + rows)
+    raysp(*base, "--samples", samples, *known).assert_refused("the fit misses the samples by .* on average")
+    raysp(*base, "--samples", samples, *known, "--memory-limit-bytes", "nan").assert_refused(
+        "memory_limit_bytes is nan"
+    )
+    assert not (tmp_path / "o.json").exists()
 
 
 def test_help_shows_every_command_and_imports_nothing_heavy():
