@@ -89,13 +89,18 @@ class AnnealingSearch:
         seed = self.seed * 1_000_003 + place
         if self.best is not None and place >= _NUM_COUNTS and place % 3 == 2:
             state, total_s = self._annealed(self.tables, self.best.copy(), _GENTLE, duration_s, seed)
-        elif self.best is not None and place >= _FIRST_FRESH and place % 3 == 1 and self.best.num_batches > 2:
-            state, total_s = self._refilled(self.best, duration_s, seed)
         else:
-            fresh = self._num_fresh
-            self._num_fresh += 1
-            cooling = _COOLINGS[(fresh // 2 + self.seed) % len(_COOLINGS)]
-            state, total_s = self._started(self.tables, self._next_count(fresh), cooling, duration_s, seed)
+            begun_s = self.budget.clock()
+            if self.best is not None and place >= _FIRST_FRESH and place % 3 == 1 and self.best.num_batches > 2:
+                start, cooling = self._refilled(self.best, duration_s, seed), _COOLINGS[0]
+            else:
+                fresh = self._num_fresh
+                self._num_fresh += 1
+                start = self._best_trial(self.tables, self._next_count(fresh), duration_s, seed)
+                cooling = _COOLINGS[(fresh // 2 + self.seed) % len(_COOLINGS)]
+            left_s = duration_s - (self.budget.clock() - begun_s)
+            share = 1 - _NUM_TRIALS * _TRIAL_SHARE
+            state, total_s = self._annealed(self.tables, start, cooling, left_s, seed, share)
         if state is None:
             return
         known = self._best_of_count.get(state.num_batches, math.inf)
@@ -108,23 +113,17 @@ class AnnealingSearch:
         """Return a state as a draft."""
         return self.tables.draft(state.assign, state.kind, state.batch)
 
-    def _refilled(self, best: State, duration_s: float, seed: int) -> tuple[State | None, float]:
-        """Make two or three micro-batches of the best plan anew, from fresh starts of their sequences alone."""
+    def _refilled(self, best: State, duration_s: float, seed: int) -> State:
+        """Return the best plan with two or three micro-batches made anew, by trials of their sequences alone."""
         random = np.random.default_rng((seed, 1))
         num = min(best.num_batches - 1, int(random.integers(2, 4)))
         batches = np.sort(random.choice(best.num_batches, num, replace=False))
         members = np.flatnonzero(np.isin(best.batch[best.assign], batches))
-        inside = tables_of(self.tables, members)
-        part, _ = self._started(inside, num, _COOLINGS[0], duration_s, seed)
-        if part is None:
-            return None, math.inf
-        state = with_part(self.problem, self.tables, best, batches, members, part)
-        return state, self._judged(self.tables, state)[0]
+        part = self._best_trial(tables_of(self.tables, members), num, duration_s, seed)
+        return with_part(self.problem, self.tables, best, batches, members, part)
 
-    def _started(
-        self, tables: SearchTables, count: int, cooling: Cooling, duration_s: float, seed: int
-    ) -> tuple[State | None, float]:
-        """Anneal several starts briefly and the best of them on; return the best feasible state, if any."""
+    def _best_trial(self, tables: SearchTables, count: int, duration_s: float, seed: int) -> State:
+        """Anneal several fresh starts briefly, and return where the best of them ended; its memory may overflow."""
         random = np.random.default_rng(seed)
         begun_s = self.budget.clock()
         ends: list[tuple[float, int, State]] = []
@@ -141,9 +140,7 @@ class AnnealingSearch:
                 total_s, overflow = self._judged(tables, state)
                 total_s *= _OVERFULL * (1 + overflow)
             ends.append((total_s, trial, state))
-        chosen = min(ends, key=lambda end: end[:2])[2]
-        left_s = duration_s - (self.budget.clock() - begun_s)
-        return self._annealed(tables, chosen, cooling, left_s, seed, 1 - _NUM_TRIALS * _TRIAL_SHARE)
+        return min(ends, key=lambda end: end[:2])[2]
 
     def _judged(self, tables: SearchTables, state: State) -> tuple[float, float]:
         """Return the seconds of a state, and the sum of its groups' overflows in capacities."""

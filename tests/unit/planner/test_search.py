@@ -22,11 +22,13 @@ from planner import (
     validate_plan,
 )
 from planner import solver as solver_module
+from planner.annealing_starts import cut_state, tables_of, tight_state, with_part
 from planner.bound_buckets import dual_feasible
 from planner.budget import Budget
 from planner.level_bound import level_bound
 from planner.portfolio import search_beyond_tiny
 from planner.problem import DraftGroup, make_problem
+from planner.search_tables import SearchTables
 
 from .planner_cases import brute_force_step, cost_models, long_tail, make_model
 
@@ -222,3 +224,24 @@ def test_the_fast_node_gets_more_tokens() -> None:
             for rank in group.ranks:
                 tokens[cluster.node_of_rank(rank)] += group.num_tokens // group.degree
     assert tokens[0] > 1.3 * tokens[1]
+
+
+def test_micro_batches_made_anew_keep_their_sequences_and_leave_the_others_alone() -> None:
+    lengths = long_tail(80, seed=5)
+    problem = make_problem(lengths, 8, make_model())
+    tables, random = SearchTables.of(problem), np.random.default_rng(0)
+    before = cut_state(problem, tables, 4, random)
+    batches = np.asarray([1, 3])
+    members = np.flatnonzero(np.isin(before.batch[before.assign], batches))
+    part = tight_state(problem, tables_of(tables, members), 2, random)
+    after = with_part(problem, tables, before, batches, members, part)
+    assert (after.kind[after.assign] >= 0).all()
+    old, new = before.batch[before.assign], after.batch[after.assign]
+    others = np.setdiff1d(np.arange(len(lengths)), members)
+    assert (old[others] == new[others]).all()
+    assert (before.kind[before.assign][others] == after.kind[after.assign][others]).all()
+    assert (new[members] == batches[part.batch[part.assign]]).all()
+    assert (after.kind[after.assign][members] == part.kind[part.assign]).all()
+    for m in range(4):
+        groups = (after.batch == m) & (after.kind >= 0)
+        assert tables.degree[after.kind[groups]].sum() <= problem.num_ranks
