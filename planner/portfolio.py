@@ -31,7 +31,7 @@ _PROGRAM_SHARE = 0.05
 # Many short runs from different starts find better shapes than few long ones.
 _SHORTEST_RUN_S, _LONGEST_RUN_S, _SEQUENCES_OF_RUN = 0.02, 0.1, 512
 # Of the time limit, kept for making the plan from the draft, and for solvers that look at their clock late.
-_FINISH_SHARE = 0.012
+_FINISH_SHARE = 0.02
 # Building and stopping a program takes about so long; with less time left, none is started.
 _SHORTEST_PROGRAM_S = 0.02
 # Annealing runs of each of the two searches where no clock counts.
