@@ -162,19 +162,23 @@ def static_lanes(tables: GangTables, degree: int) -> tuple[GangState, float]:
 
 
 def lanes_floor_s(tables: GangTables, degree: int) -> float:
-    """Return a lower bound of lanes of one degree: the time of every lane if all end together, groups all full.
+    """Return a lower bound of lanes of one degree.
+
+    On ``n`` lanes of a kind with fixed seconds ``f``, where memory forces ``G`` groups, lanes in use have at least one
+    group each and end no earlier than their mean: ``sum(share(s))/n + f * max(1, G/n)``. The longest sequence takes its
+    group at least ``share(s) + f``.
 
     On GPUs better than a kind asks for, a group may be faster than its kind; then the bound is 0.
     """
     problem, search = tables.problem, tables.search
     if not problem.cluster.is_uniform:
         return 0.0
-    spent_s = [
-        (float(search.share_s[k].sum()) + problem.fixed_s[k] * sum(problem.lengths) / max(1, problem.max_tokens[k]))
-        / max(1, int(tables.blocks.num[k]))
-        for k in problem.kinds_of_degree(degree)
-    ]
-    return min(spent_s) + problem.step_fixed_s
+    num_tokens, floors_s = sum(problem.lengths), []
+    for k in problem.kinds_of_degree(degree):
+        lanes, groups = max(1, int(tables.blocks.num[k])), -(-num_tokens // max(1, problem.max_tokens[k]))
+        mean_s = float(search.share_s[k].sum()) / lanes + problem.fixed_s[k] * max(1.0, groups / lanes)
+        floors_s.append(max(mean_s, float(search.share_s[k].max()) + problem.fixed_s[k]))
+    return min(floors_s) + problem.step_fixed_s
 
 
 def scratch(tables: GangTables, num_slots: int) -> tuple[FloatArray, IntArray, IntArray, FloatArray]:

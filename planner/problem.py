@@ -23,8 +23,8 @@ from planner.group_kind import GroupKind
 from planner.length_profile import LENGTH_LIMIT
 from planner.method_cost import METHOD_NAMES
 
-# Ranks up to which a plan takes seconds; every degree has tables of its own.
-_MOST_RANKS = {"powers-of-two": 1 << 20, "any": 1 << 13}
+# Ranks up to which a first plan takes seconds, at worst half a minute; every degree has tables of its own.
+_MOST_RANKS = {"powers-of-two": 1 << 16, "any": 1 << 12}
 DEGREE_RULES = tuple(_MOST_RANKS)
 
 FloatArray = npt.NDArray[np.float64]

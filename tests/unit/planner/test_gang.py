@@ -13,11 +13,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from planner import CostModel, InfeasibleError, PlanError, StepPlan, plan_step, validate_plan
+from planner import CostModel, InfeasibleError, PlanError, StepPlan, gang, plan_step, validate_plan
+from planner.baselines import feasible_static_degrees
 from planner.cluster import Cluster, Node
 from planner.gang import search_beyond_tiny_gang
 from planner.gang_bound import gang_bound, gang_floor_s
 from planner.gang_schedule import GangGroup, gang_step_time_s, in_micro_batches, schedule
+from planner.gang_starts import lanes_floor_s, static_lanes
+from planner.gang_tables import GangState, GangTables
 from planner.problem import make_problem
 from planner.sync_choice import better_sync
 
@@ -151,6 +154,35 @@ def test_plans_are_valid_and_between_the_bound_and_every_single_degree(
 
 def micro_batches_of_ranks(plan: StepPlan) -> Counter[int]:
     return Counter(rank for micro_batch in plan.micro_batches for group in micro_batch.groups for rank in group.ranks)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9000), min_size=1, max_size=25), num_ranks=st.integers(1, 8), model=cost_models()
+)
+def test_lanes_of_a_degree_are_never_faster_than_their_floor(
+    lengths: list[int], num_ranks: int, model: CostModel
+) -> None:
+    model = dataclasses.replace(model, unsharded_state_bytes=0.0)
+    assume(model.max_tokens(num_ranks, num_ranks) >= max(lengths))
+    tables = GangTables.of(make_problem(lengths, num_ranks, model, None, "any", sync="per-step"))
+    for degree in feasible_static_degrees(tables.problem):
+        _, step_time_s = static_lanes(tables, degree)
+        assert lanes_floor_s(tables, degree) <= step_time_s * (1 + 1e-12)
+
+
+def test_few_of_many_degrees_are_tried_before_the_clock_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def counted(tables: GangTables, degree: int) -> tuple[GangState, float]:
+        tried.append(degree)
+        return static_lanes(tables, degree)
+
+    monkeypatch.setattr(gang, "static_lanes", counted)
+    lengths, model = [200, 3000, 7000, 20000, 40000], make_model(b1_s=0.5, unsharded_state_bytes=0.0)
+    plan = plan_step(lengths, 256, model, sync="per-step", degrees="any", attention="ring", time_limit_s=0.0)
+    assert validate_plan(plan, lengths, model) == []
+    assert len(tried) < 20
 
 
 def test_ranks_have_unequal_numbers_of_micro_batches_where_that_pays() -> None:
