@@ -18,7 +18,7 @@ import numpy as np
 from planner.anneal_kernel import anneal, judge, load_groups
 from planner.annealing_starts import SPARE_SLOTS, State, cut_state, tables_of, tight_state, with_part
 from planner.budget import Budget
-from planner.problem import Draft, Problem
+from planner.problem import Draft, IntArray, Problem
 from planner.search_tables import SearchTables
 
 # Proposals between two looks at the clock and the true objective: enough to touch every sequence often.
@@ -91,8 +91,9 @@ class AnnealingSearch:
             state, total_s = self._annealed(self.tables, self.best.copy(), _GENTLE, duration_s, seed)
         else:
             begun_s = self.budget.clock()
-            if self.best is not None and place >= _FIRST_FRESH and place % 3 == 1 and self.best.num_batches > 2:
-                start, cooling = self._refilled(self.best, duration_s, seed), _COOLINGS[0]
+            refilling = place >= _FIRST_FRESH and place % 3 == 1
+            if refilling and self.best is not None and len(used := _used_batches(self.best)) > 2:
+                start, cooling = self._refilled(self.best, used, duration_s, seed), _COOLINGS[0]
             else:
                 fresh = self._num_fresh
                 self._num_fresh += 1
@@ -113,11 +114,11 @@ class AnnealingSearch:
         """Return a state as a draft."""
         return self.tables.draft(state.assign, state.kind, state.batch)
 
-    def _refilled(self, best: State, duration_s: float, seed: int) -> State:
-        """Return the best plan with two or three micro-batches made anew, by trials of their sequences alone."""
+    def _refilled(self, best: State, used: IntArray, duration_s: float, seed: int) -> State:
+        """Return the best plan with two or three of its `used` micro-batches made anew, by trials of those alone."""
         random = np.random.default_rng((seed, 1))
-        num = min(best.num_batches - 1, int(random.integers(2, 4)))
-        batches = np.sort(random.choice(best.num_batches, num, replace=False))
+        num = min(len(used) - 1, int(random.integers(2, 4)))
+        batches = np.sort(random.choice(used, num, replace=False))
         members = np.flatnonzero(np.isin(best.batch[best.assign], batches))
         part = self._best_trial(tables_of(self.tables, members), num, duration_s, seed)
         return with_part(self.problem, self.tables, best, batches, members, part)
@@ -239,6 +240,11 @@ def progress(budget: Budget, duration_s: float, share_of_run: float = 1.0) -> Ca
     start_s = budget.clock()
     length_s = max(1e-6, min(duration_s, budget.deadline_s - start_s))
     return lambda: 1.0 if budget.cancelled.is_set() else (budget.clock() - start_s) / length_s
+
+
+def _used_batches(state: State) -> IntArray:
+    """Return the micro-batches that have sequences: annealing may empty one, and loops over none would fail."""
+    return np.unique(state.batch[state.assign])
 
 
 def _between(first: float, last: float, share: float) -> float:

@@ -22,7 +22,8 @@ from planner import (
     validate_plan,
 )
 from planner import solver as solver_module
-from planner.annealing_starts import cut_state, tables_of, tight_state, with_part
+from planner.annealing import AnnealingSearch
+from planner.annealing_starts import State, cut_state, tables_of, tight_state, with_part
 from planner.bound_buckets import dual_feasible
 from planner.budget import Budget
 from planner.level_bound import level_bound
@@ -245,3 +246,21 @@ def test_micro_batches_made_anew_keep_their_sequences_and_leave_the_others_alone
     for m in range(4):
         groups = (after.batch == m) & (after.kind >= 0)
         assert tables.degree[after.kind[groups]].sum() <= problem.num_ranks
+
+
+def test_micro_batches_that_annealing_emptied_are_not_made_anew() -> None:
+    lengths = long_tail(20, seed=5)
+    problem = make_problem(lengths, 4, make_model())
+    search = AnnealingSearch(problem, SearchTables.of(problem), BRIEF, seed=0)
+    draft = search_beyond_tiny(problem, BRIEF, ()).draft
+    search.offer(draft)
+    best = search.best
+    assert best is not None
+    empty = np.full(8, -1, dtype=np.int64)
+    num_batches = len(draft) + 8
+    batch = np.concatenate([best.batch, np.arange(len(draft), num_batches)])
+    for seed in range(10):
+        state = State(best.assign.copy(), np.concatenate([best.kind, empty]), batch.copy(), num_batches)
+        search.best, search.num_runs, search.seed = state, 7, seed
+        search.run(0.0)
+        assert problem.step_time_s(search.draft_of(search.best)) <= problem.step_time_s(draft) * (1 + 1e-12)
