@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from planner.attention_cost import ATTENTION_METHODS, MethodTime, method_times, why_not
 from planner.attention_rates import KernelRate, Network
+from planner.attention_steps import HEAD_GROUPS
 from planner.attention_work import AttentionWork
 from planner.errors import PlanError
 
@@ -74,6 +75,7 @@ def choose_methods(
     allowed: Iterable[str] = ATTENTION_METHODS,
     *,
     hides_last_return: bool = False,
+    head_groups: int = HEAD_GROUPS,
 ) -> MethodDecision:
     """Pick the methods whose forward and backward together take least; on a tie the one allowed first.
 
@@ -83,6 +85,7 @@ def choose_methods(
         rate: Of each rank.
         allowed: Methods to pick from.
         hides_last_return: See `method_times`.
+        head_groups: See `method_times`.
 
     Raises:
         PlanError: A method is unknown, or none of them can run.
@@ -90,7 +93,7 @@ def choose_methods(
     allowed = tuple(dict.fromkeys(allowed))
     reasons = [(method, why_not(method, work)) for method in allowed]
     left_out = tuple((method, reason) for method, reason in reasons if reason is not None)
-    times = method_times(work, link, rate, allowed, hides_last_return=hides_last_return)
+    times = method_times(work, link, rate, allowed, hides_last_return=hides_last_return, head_groups=head_groups)
     if not times:
         why = "; ".join(f"{method}: {reason}" for method, reason in left_out) or "no method is allowed"
         raise PlanError(f"no method can run ({why}). Allow one that runs any degree, such as 'ring'.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from planner.attention_rates import KernelRate, Network
 from planner.attention_shards import Shards
 from planner.attention_steps import (
+    HEAD_GROUPS,
     METHOD_STEPS,
     AttentionPass,
     Step,
@@ -67,6 +68,7 @@ def method_times(
     methods: Iterable[str] = ATTENTION_METHODS,
     *,
     hides_last_return: bool = False,
+    head_groups: int = HEAD_GROUPS,
 ) -> tuple[MethodTime, ...]:
     """Predict forward and backward of each method.
 
@@ -77,6 +79,7 @@ def method_times(
         methods: Which; those that cannot run are left out, see `why_not`.
         hides_last_return: The ring and TokenRing keep half of the work on own rows for their last exchange; otherwise
             it is exposed.
+        head_groups: Groups of key heads that an all-gather moves one after the other.
 
     Returns:
         One for each method that can run, in order; the one row ``"local"`` at degree 1.
@@ -97,6 +100,7 @@ def method_times(
             rate=rate,
             backward=backward,
             hides_last_return=hides_last_return,
+            head_groups=head_groups,
         )
         return local_steps(call) if method == LOCAL else METHOD_STEPS[method](call, work)
 

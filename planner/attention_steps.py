@@ -18,7 +18,7 @@ from planner.attention_rates import KernelRate
 from planner.attention_shards import FIRST_CHUNKS, SECOND_CHUNKS, KernelWork, Route, Shards
 from planner.attention_work import AttentionWork, FloatArray, IntArray
 
-HEAD_GROUPS = 4
+HEAD_GROUPS = 1
 # Sums over ranks, the log-sum-exp and delta are fp32, or as wide as the inputs where those are wider.
 SUM_BYTES = 4
 # Read the sum, read the new part, write the sum.
@@ -63,6 +63,7 @@ class AttentionPass:
         rate: Of every rank.
         backward: Which of the two.
         hides_last_return: Half of the work on own rows is kept for the last exchange of a ring, which hides it.
+        head_groups: Groups of key heads that an all-gather moves one after the other.
     """
 
     shards: Shards
@@ -73,6 +74,7 @@ class AttentionPass:
     rate: KernelRate
     backward: bool
     hides_last_return: bool
+    head_groups: int = HEAD_GROUPS
 
     @property
     def degree(self) -> int:
@@ -186,7 +188,7 @@ def token_ring_steps(call: AttentionPass) -> list[Step]:
 
 def all_gather_steps(call: AttentionPass) -> list[Step]:
     """Steps of gathering keys by groups of heads; in the backward their gradients go home one group later."""
-    groups = head_groups(call.num_heads, call.num_key_heads, HEAD_GROUPS)
+    groups = head_groups(call.num_heads, call.num_key_heads, call.head_groups)
     needed = call.shards.keys.needed
     gathers = [needed * (2 * call.row_bytes(key_heads)) for key_heads, _ in groups]
     work = call.shards.gathered()

@@ -1,6 +1,7 @@
 """Exact attention of packed documents over the ranks of a sequence-parallel group."""
 
-from raysp.attention.chooser import METHODS, resolve_method_name
+from raysp.attention.chooser import METHODS, check_method
+from raysp.attention.explain import explain_methods
 from raysp.attention.kernels import KERNELS
 from raysp.attention.layout import SequenceLayout
 from raysp.attention.parallel import parallel_attention
@@ -11,8 +12,9 @@ __all__ = [
     "KERNELS",
     "METHODS",
     "SequenceLayout",
+    "check_method",
+    "explain_methods",
     "parallel_attention",
     "reference_attention",
-    "resolve_method_name",
     "sparse_parallel_attention",
 ]

@@ -114,9 +114,9 @@ class PartialResult:
 
     def _clear(self, heads: slice) -> None:
         out, lse = self._held(self._like.dtype)
-        for head in self._unwritten.take(heads):
-            out[:, head] = 0
-            lse[head] = float("-inf")
+        for run in self._unwritten.take(heads):
+            out[:, run] = 0
+            lse[run] = float("-inf")
 
 
 class GradientSums:
@@ -174,9 +174,9 @@ class GradientSums:
             self._sums = [self._like.new_empty(self._shape, dtype=dtype) for _ in range(self._count)]
 
     def _clear(self, heads: slice) -> None:
-        for head in self._unwritten.take(heads):
+        for run in self._unwritten.take(heads):
             for total in self._sums:
-                total[:, head] = 0
+                total[:, run] = 0
 
 
 class _UnwrittenHeads:
@@ -190,10 +190,14 @@ class _UnwrittenHeads:
         """Whether none of these was written to."""
         return self._heads.issuperset(range(*heads.indices(self._num_heads)))
 
-    def take(self, heads: slice) -> list[int]:
-        """Count these as written; return those that were not."""
-        if not self._heads:
-            return []
-        taken = self._heads.intersection(range(*heads.indices(self._num_heads)))
+    def take(self, heads: slice) -> list[slice]:
+        """Count these as written; return those that were not, as runs."""
+        taken = self._heads.intersection(range(*heads.indices(self._num_heads))) if self._heads else set()
         self._heads -= taken
-        return sorted(taken)
+        runs: list[slice] = []
+        for head in sorted(taken):
+            if runs and runs[-1].stop == head:
+                runs[-1] = slice(runs[-1].start, head + 1)
+            else:
+                runs.append(slice(head, head + 1))
+        return runs

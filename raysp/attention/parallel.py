@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from raysp.attention.chooser import make_method, resolve_method_name
+from raysp.attention.chooser import Choice, choose
 from raysp.attention.kernels import resolve_kernel
 from raysp.attention.layout import SequenceLayout
 from raysp.attention.mask import DocumentMask
-from raysp.attention.methods.call import AttentionCall, Method
+from raysp.attention.methods.call import AttentionCall
 from raysp.attention.schedule import schedule_of
 from raysp.comm import Communicator, ProcessGroup
 from raysp.errors import InputError
@@ -65,7 +65,6 @@ def parallel_attention(
     _check_mask(causal, window, layout, kv_layout)
     communicator = _communicator(group, layout)
     _check_tensors(q, k, v, layout, keys, communicator.group_rank)
-    name = resolve_method_name(method, degree=layout.degree, num_heads=q.shape[1], num_key_heads=k.shape[1])
     call = AttentionCall(
         schedule=schedule_of(layout, DocumentMask(causal, window), keys),
         group=communicator,
@@ -74,18 +73,29 @@ def parallel_attention(
         scale=q.shape[2] ** -0.5 if scale is None else float(scale),
         deterministic=deterministic,
     )
-    return _ParallelAttention.apply(q, k, v, call, make_method(name))
+    choice = choose(
+        method,
+        schedule=call.schedule,
+        group=communicator,
+        kernel=call.kernel,
+        num_heads=q.shape[1],
+        num_key_heads=k.shape[1],
+        head_size=q.shape[2],
+        dtype=q.dtype,
+        device=q.device,
+    )
+    return _ParallelAttention.apply(q, k, v, call, choice)
 
 
 class _ParallelAttention(torch.autograd.Function):
     """Forward and backward of any method."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, method: Method) -> Tensor:
-        out, saved = method.forward(call, q, k, v)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, choice: Choice) -> Tensor:
+        out, saved = choice.forward.forward(call, q, k, v)
         ctx.save_for_backward(*saved)
         ctx.call = call
-        ctx.method = method
+        ctx.method = choice.backward
         return out
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Reading picked key rows, and giving their gradients back to the rows."""
+"""Reading picked key rows, from one tensor or from two, and giving their gradients back to the rows."""
 
 from __future__ import annotations
 
@@ -14,6 +14,27 @@ from raysp.attention.merge import accumulation_dtype
 def pick_rows(rows: Tensor, pick: Pick) -> Tensor:
     """Return ``[picked, ...]`` from ``[rows, ...]``, in the pick's order."""
     return rows.index_select(0, pick.on(rows.device))
+
+
+def pick_rows_of_two(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], pick: Pick) -> tuple[Tensor, Tensor]:
+    """Pick keys and values from own rows and the rows of others, as if one lay behind the other.
+
+    Args:
+        own: Keys and values ``[own rows, H, D]``; heads of a row without gaps.
+        others: Likewise ``[rows of others, H, D]``.
+        pick: Rows below the number of own rows are own ones.
+
+    Returns:
+        Keys and values ``[picked, H, D]``.
+    """
+    index = pick.on(own[0].device)
+    if own[0].is_cuda:
+        found: tuple[Tensor, Tensor] = importlib.import_module("raysp.attention.triton_rows").pick_of_two(
+            own, others, index
+        )
+        return found
+    k, v = (torch.cat(both).index_select(0, index) for both in zip(own, others, strict=True))
+    return k, v
 
 
 def return_rows(picked: Tensor, pick: Pick, num_rows: int) -> Tensor:

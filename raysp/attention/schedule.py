@@ -13,7 +13,7 @@ Symbols: T rows, N degree, W window; a *piece* is a run of one document on one r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
@@ -132,10 +132,10 @@ class Schedule:
         for rank in range(self.degree):
             tokens = self.key_layout.token_indices(rank).numpy()[from_rank[rank].index]
             place[tokens] = np.arange(starts[rank], starts[rank] + len(tokens))
-        return GatheredRows(from_rank, offsets, self._gathered_blocks(group_rank, place))
+        return GatheredRows(from_rank, offsets, self._gathered_blocks(group_rank, place, offsets[-1]))
 
-    def _gathered_blocks(self, group_rank: int, place: np.ndarray) -> tuple[Block, ...]:
-        """All keys of each query piece in natural order: one kernel call for everything."""
+    def _gathered_blocks(self, group_rank: int, place: np.ndarray, num_rows: int) -> tuple[Block, ...]:
+        """All keys of each query piece in natural order: one kernel call for everything. Picks count from row 0."""
         first_tokens = np.concatenate([[0], np.cumsum(self.key_layout.lengths)])
         reads: list[_Reads] = []
         for index, part in enumerate(self.layout.parts(group_rank)):
@@ -146,7 +146,13 @@ class Schedule:
                     low, high = max(0, start - (self.mask.window or start + 1) + 1), stop
                 tokens = np.arange(first_tokens[document] + low, first_tokens[document] + high)
                 reads.append(_Reads(part.rows[piece], part.rows[piece + 1], place[tokens], min(index, 1)))
-        return _call(reads, self.mask.whole_segment)
+        everything = Rows(0, num_rows)
+        return tuple(
+            block
+            if block.pick is None
+            else replace(block, keys=everything, pick=Pick(block.pick.index + block.keys.start, block.pick.cut))
+            for block in _call(reads, self.mask.whole_segment)
+        )
 
 
 def schedule_of(layout: SequenceLayout, mask: DocumentMask, key_layout: SequenceLayout | None = None) -> Schedule:

@@ -7,6 +7,7 @@ Symbols: T rows, H heads, D head size.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -64,6 +65,49 @@ def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -
             lse.stride(0), lse.stride(1), other_lse.stride(0), other_lse.stride(1),
             ROWS=_ROWS_OF_MERGE, WIDTH=triton.next_power_of_2(head_size),
         )  # fmt: skip
+
+
+@triton.jit
+def _pick_kernel(  # type: ignore[no-untyped-def]
+    k_picked, v_picked, k_own, v_own, k_others, v_others, index, num_picked, num_own, row_size,
+    k_own_row, v_own_row, k_others_row, v_others_row, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    in_rows = rows < num_picked
+    source = tl.load(index + rows, mask=in_rows, other=0)
+    is_own = source < num_own
+    inside = in_rows[:, None] & (columns < row_size)[None, :]
+    from_own, from_others = inside & is_own[:, None], inside & (source >= num_own)[:, None]
+    other = source - num_own
+    at = rows[:, None] * row_size + columns[None, :]
+    own_k = tl.load(k_own + source[:, None] * k_own_row + columns[None, :], mask=from_own, other=0.0)
+    others_k = tl.load(k_others + other[:, None] * k_others_row + columns[None, :], mask=from_others, other=0.0)
+    tl.store(k_picked + at, tl.where(is_own[:, None], own_k, others_k), mask=inside)
+    own_v = tl.load(v_own + source[:, None] * v_own_row + columns[None, :], mask=from_own, other=0.0)
+    others_v = tl.load(v_others + other[:, None] * v_others_row + columns[None, :], mask=from_others, other=0.0)
+    tl.store(v_picked + at, tl.where(is_own[:, None], own_v, others_v), mask=inside)
+
+
+def pick_of_two(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``raysp.attention.picked.pick_rows_of_two``; ``index`` is int64."""
+    sources = [_with_whole_rows(x) for x in (*own, *others)]
+    num_own, *shape = own[0].shape
+    row_size = math.prod(shape)
+    picked = [own[0].new_empty((len(index), *shape)) for _ in range(2)]
+    width = min(1024, triton.next_power_of_2(row_size))
+    grid = (triton.cdiv(len(index), _ROWS_OF_SUM), triton.cdiv(row_size, width))
+    with torch.cuda.device(index.device):
+        _launch(
+            _pick_kernel, grid, *picked, *sources, index, len(index), num_own, row_size,
+            *(x.stride(0) for x in sources), ROWS=_ROWS_OF_SUM, WIDTH=width,
+        )  # fmt: skip
+    return picked[0], picked[1]
+
+
+def _with_whole_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, with the heads of a row one after the other."""
+    return tensor if tensor.stride()[1:] == (tensor.shape[2], 1) else tensor.contiguous()
 
 
 @triton.jit

@@ -7,7 +7,13 @@ from raysp.comm.communicator import ByteCounter, Communicator
 from raysp.comm.communicators import Communicators, init_process
 from raysp.comm.errors import RankLostError, RankTimeoutError
 from raysp.comm.exchange import Message, PendingExchange, exchange
-from raysp.comm.links import LinkMeasurement, PairMeasurement, measure_link, measure_pairs
+from raysp.comm.links import (
+    LinkMeasurement,
+    PairMeasurement,
+    agree_on_slowest,
+    measure_link,
+    measure_pairs,
+)
 from raysp.comm.rendezvous import await_ranks, connect_store, serve_store
 from raysp.comm.world import all_reduce_sum, world_mesh
 
@@ -22,6 +28,7 @@ __all__ = [
     "ProcessGroup",
     "RankLostError",
     "RankTimeoutError",
+    "agree_on_slowest",
     "all_reduce_sum",
     "all_to_all_rows",
     "await_ranks",

@@ -66,31 +66,35 @@ def reduce_scatter_rows(partials: Tensor, row_counts: Sequence[int], communicato
 
 
 def all_to_all_rows(
-    rows: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], communicator: Communicator
-) -> Tensor:
-    """Send slice ``i`` of the rows to rank ``i`` and join what the ranks sent, in rank order.
+    tensors: Sequence[Tensor],
+    send_counts: Sequence[Sequence[int]],
+    recv_counts: Sequence[Sequence[int]],
+    communicator: Communicator,
+) -> list[Tensor]:
+    """Send slice ``i`` of each tensor's rows to rank ``i`` and join what the ranks sent, in rank order; in one exchange.
 
     Args:
-        rows: ``[sum(send_counts), ...]``.
-        send_counts: Rows for each rank.
-        recv_counts: Rows from each rank.
+        tensors: Each ``[sum of its send_counts, ...]``.
+        send_counts: For each tensor the rows for each rank.
+        recv_counts: For each tensor the rows from each rank.
         communicator: The group.
 
     Returns:
-        ``[sum(recv_counts), ...]``.
+        For each tensor ``[sum of its recv_counts, ...]``.
     """
-    rows = rows.contiguous()
-    received = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
-    leaving, coming = rows.split(list(send_counts)), received.split(list(recv_counts))
     me, others = communicator.group_rank, _others(communicator)
-    coming[me].copy_(leaving[me])
+    sends: list[Message] = []
+    recvs: list[Message] = []
+    received: list[Tensor] = []
+    for rows, leaving_counts, coming_counts in zip(tensors, send_counts, recv_counts, strict=True):
+        rows = rows.contiguous()
+        received.append(rows.new_empty((sum(coming_counts), *rows.shape[1:])))
+        leaving, coming = rows.split(list(leaving_counts)), received[-1].split(list(coming_counts))
+        coming[me].copy_(leaving[me])
+        sends += [Message(leaving[peer], peer) for peer in others]
+        recvs += [Message(coming[peer], peer) for peer in others]
     # Both backends build their all-to-all from such messages; an exchange can say which peer failed.
-    pending = exchange(
-        [Message(leaving[peer], peer) for peer in others],
-        [Message(coming[peer], peer) for peer in others],
-        communicator,
-    )
-    pending.wait()
+    exchange(sends, recvs, communicator).wait()
     return received
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from raysp.errors import InputError
 
-if TYPE_CHECKING:
-    from raysp.comm.links import LinkMeasurement
+# Of groups made elsewhere, which are wrapped anew at every call; forgotten with the group.
+_MEASUREMENTS: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Communicator:
         counter: What this rank has sent.
         store: Store of the epoch, where ranks whose exchange fails leave notes, so that all name the same rank. ``None``
             for groups from elsewhere; their errors name the direct peer.
-        measured_links: What ``measure_link`` found, by ranks and device type; shared with subsets.
+        measurements: What was measured of this group, under keys that begin with its ranks; shared with subsets.
     """
 
     process_group: dist.ProcessGroup | None
@@ -54,9 +55,7 @@ class Communicator:
     timeout_s: float = float("nan")
     counter: ByteCounter = field(default_factory=ByteCounter, compare=False)
     store: dist.Store | None = field(default=None, compare=False, repr=False)
-    measured_links: dict[tuple[tuple[int, ...], str], LinkMeasurement] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    measurements: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def degree(self) -> int:
@@ -70,9 +69,13 @@ class Communicator:
 
     @classmethod
     def wrap(cls, process_group: dist.ProcessGroup) -> Communicator:
-        """View a group that was made elsewhere. On NCCL its communicator must already have run one collective."""
+        """View a group that was made elsewhere; all views of it share measurements.
+
+        On NCCL the group must already have run one collective.
+        """
         ranks = tuple(dist.get_process_group_ranks(process_group))
-        return cls(process_group, ranks, dist.get_rank(process_group))
+        measurements = _MEASUREMENTS.setdefault(process_group, {})
+        return cls(process_group, ranks, dist.get_rank(process_group), measurements=measurements)
 
     def subset(self, group_ranks: Sequence[int]) -> Communicator:
         """View some ranks of this group as a group of their own, for point-to-point exchanges.

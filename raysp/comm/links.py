@@ -6,7 +6,6 @@ Nothing of this is counted as sent.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,13 +19,13 @@ from raysp.errors import InputError
 
 _MIB = 1024**2
 _SMALL_BYTES = 8
-_SMALL_ROUNDS = 3
 _SMALL_REPEATS = 10
+_SMALL_BUDGET_S = 0.03
 # A size whose time says how much of the budget a larger one would take.
 _PROBE_BYTES = 64 * 1024
 _LARGE_BYTES = {"cuda": 16 * _MIB, "cpu": 2 * _MIB}
 _LARGE_BUDGET_S = 0.1
-_MAX_LARGE_ROUNDS = 5
+_MAX_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,24 @@ def measure_link(
         RankTimeoutError: A rank did not take part in time.
         RankLostError: The connection to a rank broke.
     """
-    key = (communicator.ranks, torch.device(device).type)
-    if key not in communicator.measured_links:
-        communicator.measured_links[key] = _Ring(communicator, device).measure(num_bytes, budget_s)
-    return communicator.measured_links[key]
+    key = (communicator.ranks, "link", torch.device(device).type)
+    if key not in communicator.measurements:
+        communicator.measurements[key] = _Ring(communicator, device).measure(num_bytes, budget_s)
+    found: LinkMeasurement = communicator.measurements[key]
+    return found
+
+
+def agree_on_slowest(
+    values: Sequence[float], communicator: Communicator, *, device: torch.device | str
+) -> tuple[float, ...]:
+    """The largest of every rank's values, place by place: the same on all ranks, which call this together.
+
+    Args:
+        values: As many on every rank; such as times.
+        communicator: The group, at least two ranks.
+        device: As in ``measure_link``.
+    """
+    return tuple(_Ring(communicator, device).largest(values))
 
 
 def measure_pairs(
@@ -183,17 +196,13 @@ class _Ring:
         """See ``measure_link``; without its memory."""
         # The first exchange makes connections.
         self._slowest_s(_SMALL_BYTES, repeats=2)
-        latency_s = statistics.median(
-            self._slowest_s(_SMALL_BYTES, repeats=_SMALL_REPEATS) for _ in range(_SMALL_ROUNDS)
-        )
+        latency_s = self._least_s(_SMALL_BYTES, _SMALL_BUDGET_S, repeats=_SMALL_REPEATS)
         self._slowest_s(_PROBE_BYTES, repeats=1)
         s_per_byte = self._slowest_s(_PROBE_BYTES, repeats=1) / _PROBE_BYTES
         wanted = _LARGE_BYTES.get(self._device.type, _LARGE_BYTES["cpu"]) if num_bytes is None else num_bytes
         # Half of the budget for one round leaves the other for what warms up.
         size = max(_PROBE_BYTES, min(wanted, int(budget_s / 2 / s_per_byte)))
-        first_s = self._slowest_s(size, repeats=1)
-        num_rounds = max(1, min(_MAX_LARGE_ROUNDS, int((budget_s - first_s) / first_s)))
-        large_s = statistics.median(self._slowest_s(size, repeats=1) for _ in range(num_rounds))
+        large_s = self._least_s(size, budget_s, repeats=1)
         # On a noisy machine a small message may take longer than it ought to.
         return LinkMeasurement(size / max(large_s - latency_s, large_s / 2), latency_s)
 
@@ -209,11 +218,22 @@ class _Ring:
         found: list[float] = largest.tolist()
         return found
 
+    def _least_s(self, num_bytes: int, budget_s: float, *, repeats: int) -> float:
+        """Of several rounds, the least time of the slowest rank: other work on the machine only adds time."""
+        least_s = self._slowest_s(num_bytes, repeats=repeats)
+        # Agreed on, as least_s is.
+        num_more = min(_MAX_ROUNDS - 1, int(budget_s / (repeats * least_s)) - 1)
+        for _ in range(num_more):
+            least_s = min(least_s, self._slowest_s(num_bytes, repeats=repeats))
+        return least_s
+
     def _slowest_s(self, num_bytes: int, *, repeats: int) -> float:
-        """Mean time of one ring exchange on the rank where it was longest."""
+        """Mean time of one ring exchange on the rank where it was longest.
+
+        The agreement at its end lets all ranks begin what comes next together.
+        """
         sent = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
         received = torch.zeros_like(sent)
-        self.largest([0.0])
         self._synchronize()
         start_s = time.perf_counter()
         for _ in range(repeats):

@@ -11,8 +11,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from raysp.attention import SequenceLayout, parallel_attention, reference_attention, sparse_parallel_attention
-from raysp.comm import Communicators, all_reduce_sum
+from raysp.attention import (
+    SequenceLayout,
+    explain_methods,
+    parallel_attention,
+    reference_attention,
+    sparse_parallel_attention,
+)
+from raysp.comm import Communicator, Communicators, all_reduce_sum
 from raysp.errors import InputError
 
 
@@ -269,3 +275,33 @@ def _run_sparse(
     leaves = [tensor[tokens].requires_grad_() for tensor in make_inputs(case)[:3]]
     out = sparse_parallel_attention(*leaves, *projections, layout=layout, group=comms.communicator(range(case.degree)))
     return out, leaves, projections
+
+
+def explained_choice(comms: Communicators, case: Case) -> tuple[str, str, str]:
+    """The methods that auto takes, and its explanation."""
+    decision = explain_methods(
+        make_layouts(case)[0],
+        group=comms.communicator(range(case.degree)),
+        num_heads=case.num_heads,
+        num_key_heads=case.num_key_heads,
+        head_size=case.head_size,
+        dtype=case.dtype,
+        device="cpu",
+        causal=case.causal,
+        window=case.window,
+    )
+    return decision.forward, decision.backward, decision.explain()
+
+
+def measurements_after_two_auto_calls(comms: Communicators, case: Case) -> tuple[int, int]:
+    """What auto measured on a bare process group, as numbers of entries, after one call and after two."""
+    group = comms.group(range(case.degree))
+    layout = make_layouts(case)[0]
+    rows = layout.token_indices(comms.global_rank)
+    q, k, v, _ = (tensor[rows] for tensor in make_inputs(case))
+    entries = []
+    for _ in range(2):
+        parallel_attention(q, k, v, layout=layout, group=group)
+        entries.append(len(Communicator.wrap(group).measurements))
+    assert entries[0] > 0
+    return entries[0], entries[1]

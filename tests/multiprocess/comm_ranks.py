@@ -112,7 +112,7 @@ def uneven_collectives(comms: Communicators) -> tuple[list[float], list[float], 
     pending.wait()
     partials = torch.arange(sum(counts), dtype=torch.float64) * (rank + 1)
     summed = reduce_scatter_rows(partials, counts, communicator)
-    traded = all_to_all_rows(torch.full((sum(counts),), float(rank)), counts, [rank] * degree, communicator)
+    traded = all_to_all_rows([torch.full((sum(counts),), float(rank))], [counts], [[rank] * degree], communicator)[0]
     return gathered[:, 0].tolist(), summed.tolist(), traded.tolist()
 
 
@@ -164,7 +164,7 @@ def exchanged_within_halves(comms: Communicators) -> tuple[list[float], list[flo
     rank = communicator.group_rank
     half = communicator.subset((0, 2) if rank in (0, 2) else (3, 1))
     other = 1 - half.group_rank
-    traded = all_to_all_rows(torch.full((2,), float(rank)), [1, 1], [1, 1], half)
+    traded = all_to_all_rows([torch.full((2,), float(rank))], [[1, 1]], [[1, 1]], half)[0]
     received = torch.empty(2)
     exchange([Message(torch.full((2,), rank + 10.0), other)], [Message(received, other)], half).wait()
     return traded.tolist(), received.tolist(), communicator.counter.sent_bytes

@@ -208,3 +208,22 @@ def test_sparse_rsa_sends_no_more_for_longer_documents(gloo_pool: GlooPool) -> N
     sent = [gloo_pool.run(ranks.sparse_sent_bytes, Case((length,), 4, causal=False), 7) for length in (64, 4096)]
     assert sent[0] == sent[1]
     assert sent[0][0][0] > 0
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("degree", [2, 3, 4])
+def test_auto_equals_full_attention_and_is_the_same_choice_on_every_rank(
+    gloo_pool: GlooPool, degree: int, window: int | None
+) -> None:
+    case = Case(ACROSS_BORDERS, degree, window=window)
+    check_errors(gloo_pool, case, 1e-10, ("auto",))
+    choices = gloo_pool.run(ranks.explained_choice, case, world=degree)
+    assert len(set(choices)) == 1
+    forward, backward, table = choices[0]
+    assert {forward, backward} <= set(METHODS)
+    assert table.count("<- chosen") == 2
+
+
+def test_auto_measures_a_group_made_elsewhere_once(gloo_pool: GlooPool) -> None:
+    for first, second in gloo_pool.run(ranks.measurements_after_two_auto_calls, Case((64,), 4)):
+        assert first == second

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raysp.attention.blocks import Rows
+from raysp.attention.blocks import Block, Rows
 from raysp.attention.merge import GradientSums, PartialResult, accumulation_dtype
 from raysp.attention.methods.call import (
     AttentionCall,
-    KeyRows,
     OutputGradient,
     QueryRows,
     Saved,
@@ -29,9 +28,10 @@ from raysp.attention.methods.call import (
     differentiate_blocks,
     head_groups,
 )
+from raysp.attention.picked import pick_rows_of_two
 from raysp.comm import Message, PendingExchange, exchange
 
-DEFAULT_HEAD_GROUPS = 4
+DEFAULT_HEAD_GROUPS = 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class AllGather:
             if place + 1 < len(groups):
                 coming = _Gather(call, k, v, groups[place + 1])
             keys = here.keys()
-            sums = GradientSums(keys.held, keys.k, 2, 2)
+            sums = GradientSums(keys.held, keys.own[0], 2, 2)
             differentiate_blocks(call, gathered.blocks, queries, gradient, keys, dq, sums)
             if returning is not None:
                 parts.append(returning.summed())
@@ -85,30 +85,52 @@ class AllGather:
 
 
 class _Gather:
-    """One group of key heads on its way: own rows first, then what each other rank sends."""
+    """One group of key heads on its way: own rows stay where they are, each other rank sends what is needed of its own."""
 
     def __init__(self, call: AttentionCall, k: Tensor, v: Tensor, heads: tuple[slice, slice]) -> None:
         self._query_heads = heads[1]
+        self._own = k[:, heads[0]], v[:, heads[0]]
         gathered = call.schedule.gathered(call.group_rank)
-        # One message carries keys and values of a rank.
-        mine = torch.stack((k[:, heads[0]], v[:, heads[0]]))
-        self._buffer = mine.new_empty((2, gathered.offsets[-1], *mine.shape[2:]))
+        num_others = gathered.offsets[-1] - k.shape[0]
+        shape = (num_others, *self._own[0].shape[1:])
+        self._others = k.new_empty(shape), k.new_empty(shape)
         sends: list[Message] = []
         recvs: list[Message] = []
         for peer in _others(call):
             leaving = call.schedule.gathered(peer).from_rank[call.group_rank]
-            sends += [Message(half[leaving.index], peer) for half in mine]
-            rows = _place(gathered.offsets, gathered.from_rank, peer)
-            recvs += [Message(half[rows.index], peer) for half in self._buffer]
+            sends += [Message(x[leaving.index].contiguous(), peer) for x in self._own]
+            start = gathered.offsets[peer] - k.shape[0]
+            coming = slice(start, start + len(gathered.from_rank[peer]))
+            recvs += [Message(x[coming], peer) for x in self._others]
         self._pending: PendingExchange = exchange(sends, recvs, call.group)
-        own = _place(gathered.offsets, gathered.from_rank, call.group_rank)
-        self._buffer[:, own.index].copy_(mine)
 
-    def keys(self) -> KeyRows:
+    def keys(self) -> _GatheredKeys:
         """All gathered rows, once they are here."""
         self._pending.wait()
-        k, v = self._buffer
-        return KeyRows(all_rows(k), k, v, self._query_heads)
+        return _GatheredKeys(self._own, self._others, self._query_heads)
+
+
+@dataclass(frozen=True)
+class _GatheredKeys:
+    """Keys and values of own rows and of the others' rows behind them; see ``raysp.attention.methods.call.ReadableKeys``."""
+
+    own: tuple[Tensor, Tensor]
+    others: tuple[Tensor, Tensor]
+    query_heads: slice
+
+    @property
+    def held(self) -> Rows:
+        """All of them."""
+        return Rows(0, self.own[0].shape[0] + self.others[0].shape[0])
+
+    def read(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block, in its order."""
+        if block.pick is not None:
+            return pick_rows_of_two(self.own, self.others, block.pick)
+        if block.keys.stop <= self.own[0].shape[0]:
+            return self.own[0][block.keys.index], self.own[1][block.keys.index]
+        k, v = (torch.cat(both)[block.keys.index] for both in zip(self.own, self.others, strict=True))
+        return k, v
 
 
 class _Return:

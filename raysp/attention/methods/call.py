@@ -104,6 +104,19 @@ class OutputGradient:
     delta: Tensor | None = None
 
 
+class ReadableKeys(Protocol):
+    """Key rows, wherever they lie, that blocks can read."""
+
+    @property
+    def query_heads(self) -> slice:
+        """The query heads that read them."""
+        ...
+
+    def read(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block, in its order."""
+        ...
+
+
 @dataclass(frozen=True)
 class KeyRows:
     """A range of rows, and some heads, of a key shard.
@@ -145,7 +158,12 @@ def head_groups(num_heads: int, num_key_heads: int, num_groups: int) -> list[tup
 
 
 def attend_blocks(
-    call: AttentionCall, blocks: Iterable[Block], queries: QueryRows, keys: KeyRows, result: PartialResult, held: Rows
+    call: AttentionCall,
+    blocks: Iterable[Block],
+    queries: QueryRows,
+    keys: ReadableKeys,
+    result: PartialResult,
+    held: Rows,
 ) -> None:
     """Run the forward of each block and merge it into ``result``, which holds the query rows ``held``."""
     for block in blocks:
@@ -159,7 +177,7 @@ def differentiate_blocks(
     blocks: Iterable[Block],
     queries: QueryRows,
     gradient: OutputGradient,
-    keys: KeyRows,
+    keys: ReadableKeys,
     query_sums: GradientSums,
     key_sums: GradientSums,
     key_heads: slice = ALL_HEADS,

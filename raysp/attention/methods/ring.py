@@ -2,9 +2,9 @@
 
 The plain ring is one stream that carries all key heads. The bidirectional ring is two streams that carry half of
 the key heads each, in opposite directions; a single key head is shared by key rows instead. In the backward the sums
-dk, dv follow their keys through the ring, one hop behind, and the last visitor sends them home. Half of the work on a
-rank's own keys is kept for that last exchange, so that it is hidden like the others. Under a window keys are done after
-few hops, and gradients go straight home from where they were made.
+dk, dv follow their keys through the ring, one hop behind, and the last visitor sends them home. Where that exchange is
+slow, half of the work on a rank's own keys is kept for it, so that it is hidden like the others. Under a window keys are
+done after few hops, and gradients go straight home from where they were made.
 
 Source: ring attention (arXiv:2310.01889); zigzag order: llama 3 and ring-flash-attention's measurements.
 """
@@ -48,9 +48,12 @@ class KeyRing:
 
     Attributes:
         bidirectional: Two streams in opposite directions instead of one.
+        hides_last_return: Keep half of the own work for the last exchange of the backward, at the price of one more
+            kernel call.
     """
 
     bidirectional: bool
+    hides_last_return: bool = True
 
     def forward(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """Attend to the keys of each rank as they come by."""
@@ -81,7 +84,7 @@ class KeyRing:
         num_terms = call.most_partials
         dq, own = GradientSums(queries.held, q, 1, num_terms), GradientSums(all_rows(k), k, 2, num_terms)
         own_keys = KeyRows(own.held, k, v)
-        first, *last = head_groups(q.shape[1], k.shape[1], 2)
+        first, *last = head_groups(q.shape[1], k.shape[1], 2 if self.hides_last_return else 1)
         travellers = [
             _Traveller(call, stream, k, v) for stream in self._streams(call, q.shape[1], k.shape[1], with_return=True)
         ]

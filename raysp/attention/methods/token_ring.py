@@ -1,8 +1,8 @@
 """TokenRing: keys stay, queries travel one way, results go straight back to their owner.
 
 At every hop a rank sends the queries on, and the result of the hop before to whoever owns it, in one batch of both
-directions. The backward rotates (q, dout, lse, delta) and returns dq; dk and dv stay where the keys are. Half of the
-work on a rank's own queries is kept for the last exchange, which carries nothing but results, so that it is hidden too.
+directions. The backward rotates (q, dout, lse, delta) and returns dq; dk and dv stay where the keys are. The last
+exchange carries nothing but results: where it is slow, half of the work on a rank's own queries is kept for it.
 
 Source: TokenRing (arXiv:2412.20501). Its published code has no backward, no GQA and a wrong mask in one variant.
 """
@@ -32,15 +32,22 @@ from raysp.attention.methods.call import (
 from raysp.comm import Message, exchange
 
 
+@dataclass(frozen=True)
 class TokenRing:
-    """See ``raysp.attention.methods.call.Method``."""
+    """See ``raysp.attention.methods.call.Method``.
+
+    Attributes:
+        hides_last_return: Keep half of the own work for the last exchange, at the price of one more kernel call.
+    """
+
+    hides_last_return: bool = True
 
     def forward(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """Send queries around and gather their partial results."""
         route = least_itinerary(call.schedule, side="queries", with_return=False)
         keys, own = KeyRows(all_rows(k), k, v), QueryRows(all_rows(q), q)
         result = PartialResult(q.shape[0], q, call.most_partials)
-        first, *last = head_groups(q.shape[1], k.shape[1], 2)
+        first, *last = head_groups(q.shape[1], k.shape[1], 2 if self.hides_last_return else 1)
         held = _Held(own.held, (q.contiguous(),))
         finished: tuple[Tensor, ...] = ()
         for hop in range(call.degree + 1):
@@ -76,7 +83,7 @@ class TokenRing:
         gradient = OutputGradient(dout, lse, out)
         num_terms = call.most_partials
         dq, dkv = GradientSums(own.held, q, 1, num_terms), GradientSums(keys.held, k, 2, num_terms)
-        first, *last = head_groups(q.shape[1], k.shape[1], 2)
+        first, *last = head_groups(q.shape[1], k.shape[1], 2 if self.hides_last_return else 1)
         # lse and delta travel as one message, rows first so that a range of rows is contiguous.
         statistics = torch.stack((lse, output_delta(dout, out)), dim=-1).transpose(0, 1).contiguous()
         held = _Held(own.held, (q.contiguous(), dout.contiguous(), statistics))

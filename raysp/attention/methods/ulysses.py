@@ -136,38 +136,45 @@ class _Trade:
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All tokens of a share of the heads; key heads are copied where there are too few."""
         k, v = (x if self._copies == 1 else x.repeat_interleave(self._copies, dim=1) for x in (k, v))
-        return self.queries_to_heads(q), self._to_heads(k, self._keys), self._to_heads(v, self._keys)
+        q, k, v = self._traded_for_heads((q, self._queries), (k, self._keys), (v, self._keys))
+        return q, k, v
 
     def queries_to_heads(self, q: Tensor) -> Tensor:
         """All tokens of a share of the query heads: ``[T, H, D]`` -> ``[S, H/u, D]``."""
-        return self._to_heads(q, self._queries)
+        return self._traded_for_heads((q, self._queries))[0]
 
     def to_tokens(self, out: Tensor) -> Tensor:
         """The reverse for query rows: ``[S, H/u, D]`` -> ``[T, H, D]``."""
-        return self._to_tokens(out, self._queries)
+        return self._traded_for_tokens((out, self._queries))[0]
 
     def gradients_to_tokens(
         self, dq: Tensor, dk: Tensor, dv: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The reverse for all gradients, in ``dtype`` on the way; copies of key heads are summed in fp32 or fp64."""
         # Copies travel as their kernel gave them: rounding each would add up with their number.
-        dk, dv = (self._to_tokens(x if self._copies > 1 else x.to(dtype), self._keys) for x in (dk, dv))
+        dk, dv = (x if self._copies > 1 else x.to(dtype) for x in (dk, dv))
+        dq, dk, dv = self._traded_for_tokens((dq.to(dtype), self._queries), (dk, self._keys), (dv, self._keys))
         if self._copies > 1:
             wide = accumulation_dtype(dtype)
             dk, dv = (x.to(wide).unflatten(1, (self._num_key_heads, -1)).sum(dim=2) for x in (dk, dv))
-        return self.to_tokens(dq.to(dtype)), dk, dv
+        return dq, dk, dv
 
-    def _to_heads(self, local: Tensor, order: _RowOrder) -> Tensor:
+    def _traded_for_heads(self, *shards: tuple[Tensor, _RowOrder]) -> list[Tensor]:
         degree = self._group.degree
-        by_rank = local.unflatten(1, (degree, -1)).transpose(0, 1).flatten(0, 1)
-        joined = all_to_all_rows(by_rank, [local.shape[0]] * degree, order.counts, self._group)
-        return joined.index_select(0, order.on(local.device)[0])
+        by_rank = [x.unflatten(1, (degree, -1)).transpose(0, 1).flatten(0, 1) for x, _ in shards]
+        sent = [[x.shape[0]] * degree for x, _ in shards]
+        joined = all_to_all_rows(by_rank, sent, [order.counts for _, order in shards], self._group)
+        return [x.index_select(0, order.on(x.device)[0]) for x, (_, order) in zip(joined, shards, strict=True)]
 
-    def _to_tokens(self, shared: Tensor, order: _RowOrder) -> Tensor:
-        by_rank = shared.index_select(0, order.on(shared.device)[1])
-        mine = order.counts[self._group.group_rank]
-        joined = all_to_all_rows(by_rank, order.counts, [mine] * self._group.degree, self._group)
-        return joined.unflatten(0, (self._group.degree, mine)).transpose(0, 1).flatten(1, 2)
+    def _traded_for_tokens(self, *shards: tuple[Tensor, _RowOrder]) -> list[Tensor]:
+        degree = self._group.degree
+        by_rank = [x.index_select(0, order.on(x.device)[1]) for x, order in shards]
+        mine = [order.counts[self._group.group_rank] for _, order in shards]
+        received = [[rows] * degree for rows in mine]
+        joined = all_to_all_rows(by_rank, [order.counts for _, order in shards], received, self._group)
+        return [
+            x.unflatten(0, (degree, rows)).transpose(0, 1).flatten(1, 2) for x, rows in zip(joined, mine, strict=True)
+        ]
 
 
 class _RowOrder:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from raysp.attention import SequenceLayout, parallel_attention, reference_attention, resolve_method_name
+from raysp.attention import SequenceLayout, check_method, parallel_attention, reference_attention
 from raysp.errors import InputError
 
 
@@ -87,17 +87,6 @@ def test_bad_tensors_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("degree", "num_heads", "num_key_heads", "expected"),
-    [(1, 4, 2, "local"), (2, 4, 2, "ulysses"), (4, 4, 2, "ulysses"), (3, 4, 2, "ring"), (6, 12, 4, "ring")],
-)
-def test_auto_picks_ulysses_where_heads_divide_and_a_ring_elsewhere(
-    degree: int, num_heads: int, num_key_heads: int, expected: str
-) -> None:
-    found = resolve_method_name("auto", degree=degree, num_heads=num_heads, num_key_heads=num_key_heads)
-    assert found == expected
-
-
-@pytest.mark.parametrize(
     ("num_heads", "num_key_heads", "degree", "message"),
     [(4, 2, 3, "4 query heads over a group of degree 3"), (12, 4, 6, "4 key heads over a group of degree 6")],
 )
@@ -105,4 +94,4 @@ def test_ulysses_names_heads_and_degree_that_do_not_divide(
     num_heads: int, num_key_heads: int, degree: int, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        resolve_method_name("ulysses", degree=degree, num_heads=num_heads, num_key_heads=num_key_heads)
+        check_method("ulysses", degree=degree, num_heads=num_heads, num_key_heads=num_key_heads)
