@@ -52,7 +52,9 @@ def test_profile_is_that_of_the_lengths_but_for_three_quantiles(lengths: list[in
     for name in ("num_sequences", "num_tokens", "min_tokens", "max_tokens", "mean_tokens"):
         assert getattr(sketched, name) == getattr(exact, name)
     for name in ("p50_tokens", "p90_tokens", "p99_tokens"):
-        assert getattr(sketched, name) == pytest.approx(getattr(exact, name), rel=0.01, abs=0.5)
+        value = getattr(exact, name)
+        # One per cent, and then rounded to whole tokens.
+        assert getattr(sketched, name) == pytest.approx(value, rel=0, abs=0.01 * value + 0.5)
     assert [tail.above_tokens for tail in sketched.tails] == [tail.above_tokens for tail in exact.tails]
     for mine, theirs in zip(sketched.tails, exact.tails, strict=True):
         assert (mine.sequence_share, mine.token_share) == pytest.approx((theirs.sequence_share, theirs.token_share))
