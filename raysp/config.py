@@ -41,6 +41,9 @@ class ClusterConfig(_Section):
     )
     threads_per_worker: PositiveInt | None = Field(None, description="torch threads per worker on CPU.")
     start_timeout_s: PositiveFloat = 300.0
+    preflight: bool = Field(
+        True, description="Measure the links between workers before training and warn about slow ones."
+    )
     step_timeout_s: PositiveFloat | None = Field(
         None, description="Longest a step may take; default: scaled from the predicted time, with an allowance."
     )

@@ -20,6 +20,7 @@ from raysp.cluster.planning import (
     group_shapes,
     plan_batch,
 )
+from raysp.cluster.preflight import preflight
 from raysp.cluster.ray_session import ray_session
 from raysp.cluster.run_inputs import (
     RunInputs,
@@ -152,6 +153,7 @@ class _Run:
 
     def run(self) -> RunSummary:
         config = self._config
+        self._preflight()
         self._cost_model = self._resolve_cost_model()
         check_longest_sequence(self._inputs, self._cost_model)
         self._recorder.start(facts=self._facts(), documents={"cost_model.json": self._cost_model.to_json()})
@@ -175,6 +177,15 @@ class _Run:
             tracking_uri=self._recorder.uri,
             comparisons=tuple(comparisons),
         )
+
+    def _preflight(self) -> None:
+        """Measure the links between the workers; name those that are slow."""
+        if not self._config.cluster.preflight or self._workers.size < 2:
+            return
+        event, warnings = preflight(self._workers, step=self._done_steps)
+        self._recorder.handle(event)
+        for text in warnings:
+            self._recorder.handle(WarningRaised(text))
 
     def _resolve_cost_model(self) -> CostModel:
         size = self._workers.infos[0].model_size

@@ -10,10 +10,10 @@ from typing import Any
 import ray
 import torch
 
-from raysp.comm import connect_store, init_process
+from raysp.comm import PairMeasurement, connect_store, init_process, measure_pairs
 from raysp.config import Config
 from raysp.data.dataset import TokenDataset
-from raysp.errors import WorkerFailedError
+from raysp.errors import InputError, WorkerFailedError
 from raysp.train.checkpoint import verify_files
 from raysp.train.session import ModelSize, TrainSession
 from raysp.train.work import GroupWork, StepResult, StepWork
@@ -56,6 +56,7 @@ class WorkerInfo:
 
     global_rank: int
     node_id: str
+    node_address: str
     pid: int
     device_name: str
     device_memory_bytes: int
@@ -102,11 +103,22 @@ class Worker:
         return WorkerInfo(
             global_rank=spec.global_rank,
             node_id=ray.get_runtime_context().get_node_id(),
+            node_address=ray.util.get_node_ip_address(),
             pid=os.getpid(),
             device_name=properties.name if properties else "cpu",
             device_memory_bytes=properties.total_memory if properties else 0,
             model_size=size,
         )
+
+    def measure_links(self, pairs: tuple[tuple[int, int], ...], nodes: tuple[str, ...]) -> tuple[PairMeasurement, ...]:
+        """See :func:`raysp.comm.measure_pairs`; all workers together, at least two."""
+        activity, self._activity = self._activity, "measuring the links between workers"
+        everyone = self._comms.communicator(range(self._comms.world_size))
+        if everyone is None:
+            raise InputError("one worker has no links; expected at least two. Do not measure them.")
+        measured = measure_pairs(everyone, device=self._comms.device, pairs=pairs, nodes=nodes)
+        self._activity = activity
+        return measured
 
     def initialize(self) -> None:
         """Model and optimizer anew from the seed."""

@@ -16,11 +16,13 @@ from raysp.tracking.events import (
     CostModelRefitted,
     Event,
     LengthsDrifted,
+    LinksMeasured,
     PhaseProgressed,
     PhaseStarted,
     StepFinished,
     ValidationFinished,
     WarningRaised,
+    rate_text,
 )
 
 _TABLE_STEPS = 50
@@ -51,6 +53,8 @@ class ConsoleReporter:
                 self._show_progress(event)
             case WarningRaised():
                 self._console.print(f"[yellow]warning:[/yellow] {escape(event.text)}", highlight=False)
+            case LinksMeasured():
+                self._console.print(f"[dim]• {escape(links_text(event))}[/dim]", highlight=False)
             case StepFinished():
                 self._step(event)
             case LengthsDrifted():
@@ -91,6 +95,22 @@ class ConsoleReporter:
         )
         if self._detail == "table" or (self._detail == "auto" and event.num_steps <= _TABLE_STEPS):
             self._console.print(step_table(event))
+
+
+def links_text(event: LinksMeasured) -> str:
+    """The links between workers in one line; nodes are named where there are several."""
+    has_nodes = bool(event.of_kind(True))
+    kinds = [(False, "inside nodes" if has_nodes else "between workers"), (True, "between nodes")]
+    medians = ", ".join(
+        f"{rate_text(event.median_bandwidth_bytes_per_s(crosses_nodes))} {where}"
+        for crosses_nodes, where in kinds
+        if event.of_kind(crosses_nodes)
+    )
+    if len(event.links) == 1:
+        return f"links: {medians}"
+    slowest = event.slowest
+    ends = slowest.ends_text() if has_nodes else "ranks {} and {}".format(*slowest.ranks)
+    return f"links: {medians}, slowest {rate_text(slowest.bandwidth_bytes_per_s)} between {ends}"
 
 
 def step_table(event: StepFinished) -> Table:

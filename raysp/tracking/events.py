@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import statistics
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,73 @@ class WarningRaised:
     """Something the user should know that does not stop the run."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class MeasuredLink:
+    """The link between two ranks, both sending at once.
+
+    Attributes:
+        ranks: Global ranks.
+        addresses: Network address of each rank's node.
+        crosses_nodes: Whether the ranks are on different nodes.
+        bandwidth_bytes_per_s: Per direction.
+        latency_s: Of a message of a few bytes.
+    """
+
+    ranks: tuple[int, int]
+    addresses: tuple[str, str]
+    crosses_nodes: bool
+    bandwidth_bytes_per_s: float
+    latency_s: float
+
+    def ends_text(self) -> str:
+        """Both ranks and their nodes, for people."""
+        first, second = (
+            f"rank {rank} (node {address})" for rank, address in zip(self.ranks, self.addresses, strict=True)
+        )
+        return f"{first} and {second}"
+
+
+@dataclass(frozen=True)
+class LinksMeasured:
+    """The links between workers were measured, after ``step`` steps."""
+
+    step: int
+    links: tuple[MeasuredLink, ...]
+
+    @property
+    def slowest(self) -> MeasuredLink:
+        """The link with the least bandwidth."""
+        return min(self.links, key=lambda link: link.bandwidth_bytes_per_s)
+
+    def of_kind(self, crosses_nodes: bool) -> list[MeasuredLink]:
+        """The links between nodes, or those inside of one."""
+        return [link for link in self.links if link.crosses_nodes == crosses_nodes]
+
+    def median_bandwidth_bytes_per_s(self, crosses_nodes: bool) -> float:
+        """Over the links of one kind, of which there is at least one."""
+        return statistics.median(link.bandwidth_bytes_per_s for link in self.of_kind(crosses_nodes))
+
+    def metrics(self) -> dict[str, float]:
+        """Median and least bandwidth, and median latency, of each kind that there is."""
+        values: dict[str, float] = {}
+        for crosses_nodes, kind in ((False, "inside_nodes"), (True, "between_nodes")):
+            links = self.of_kind(crosses_nodes)
+            if links:
+                values[f"link_bandwidth_{kind}_bytes_per_s"] = self.median_bandwidth_bytes_per_s(crosses_nodes)
+                values[f"link_slowest_{kind}_bytes_per_s"] = min(link.bandwidth_bytes_per_s for link in links)
+                values[f"link_latency_{kind}_s"] = statistics.median(link.latency_s for link in links)
+        return values
+
+    def to_json(self) -> str:
+        """Every link."""
+        return json.dumps([asdict(link) for link in self.links], indent=2)
+
+
+def rate_text(bytes_per_s: float) -> str:
+    """A bandwidth for people."""
+    return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e8 else f"{bytes_per_s / 1e6:.1f} MB/s"
 
 
 @dataclass(frozen=True)
@@ -182,6 +251,7 @@ Event = (
     PhaseStarted
     | PhaseProgressed
     | WarningRaised
+    | LinksMeasured
     | StepFinished
     | LengthsDrifted
     | CostModelRefitted

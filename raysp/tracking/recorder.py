@@ -11,6 +11,7 @@ from raysp.tracking.events import (
     BatchCompared,
     CostModelRefitted,
     Event,
+    LinksMeasured,
     StepFinished,
     ValidationFinished,
     WarningRaised,
@@ -71,6 +72,9 @@ class RunRecorder:
         match event:
             case StepFinished():
                 self._tracker.log_metrics(event.step, event.metrics())
+            case LinksMeasured():
+                self._tracker.log_metrics(event.step, event.metrics())
+                self._tracker.log_text(event.to_json(), "links.json")
             case ValidationFinished():
                 self._tracker.log_metrics(event.step, {"validation_loss": event.loss})
             case CostModelRefitted():

@@ -37,6 +37,7 @@ def test_run_trains_validates_saves_tracks_compares_and_resumes(write_config: Wr
     assert first.code == 0, first.err
     assert set(_losses(first.out)) == {1, 2, 3, 4}
     assert "degree x count" in first.out
+    assert re.search(r"links: [\d.]+ [GM]B/s between workers", first.out), first.out
     assert "validation after step 4" in first.out
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("test")
@@ -44,15 +45,16 @@ def test_run_trains_validates_saves_tracks_compares_and_resumes(write_config: Wr
     assert run.info.status == "FINISHED"
     assert {
         "loss", "tokens_per_s", "step_time_s", "predicted_step_time_s", "plan_time_s", "plan_gap", "num_ranks",
-        "validation_loss",
+        "validation_loss", "link_bandwidth_inside_nodes_bytes_per_s",
     } <= set(run.data.metrics)  # fmt: skip
     assert run.data.params["cluster.num_workers"] == "2"
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert {"config.json", "plans", "cost_model.json"} <= artifacts
+    assert {"config.json", "plans", "cost_model.json", "links.json"} <= artifacts
     assert len(client.list_artifacts(run.info.run_id, "plans")) == 4
 
-    second = raysp("train", "--config", config)
+    second = raysp("train", "--config", config, "--set", "cluster.preflight=false")
     assert second.code == 0, second.err
+    assert "links:" not in second.out
     assert set(_losses(second.out)) == {5, 6}
     assert "using the cost model measured before" in second.out
     assert "the same batches: adaptive against static:" in second.out
