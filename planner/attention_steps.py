@@ -101,7 +101,9 @@ class AttentionPass:
 
     def merge_s(self, rows: FloatArray, num_heads: int) -> FloatArray:
         """Return the seconds of adding rows of `num_heads` heads to a sum."""
-        return self.rate.copy_s(MERGE_PASSES * rows * (num_heads * self.head_size * self.wide_bytes))
+        # With two ranks a row is merged once, and kept in the element type.
+        number_bytes = self.element_bytes if self.degree == 2 else self.wide_bytes
+        return self.rate.copy_s(MERGE_PASSES * rows * (num_heads * self.head_size * number_bytes))
 
     def row_bytes(self, num_heads: int) -> int:
         """Bytes of a row of one tensor of `num_heads` heads."""
@@ -190,16 +192,21 @@ def all_gather_steps(call: AttentionPass) -> list[Step]:
     """Steps of gathering keys by groups of heads; in the backward their gradients go home one group later."""
     groups = head_groups(call.num_heads, call.num_key_heads, call.head_groups)
     needed = call.shards.keys.needed
+    # Keys and values are picked in the order of the call; in the backward their gradients are put back.
+    rows = PERMUTE_PASSES * (needed.sum(axis=0) + call.shards.key_rows)
+    picked_s = [
+        call.rate.copy_s(2 * rows * call.row_bytes(key_heads) * (2 if call.backward else 1)) for key_heads, _ in groups
+    ]
     gathers = [needed * (2 * call.row_bytes(key_heads)) for key_heads, _ in groups]
     work = call.shards.gathered()
     gathers_then_silence = [*gathers[1:], call.silence()]
     steps = [Step(call.idle(), gathers[0])]
     if not call.backward:
-        kernels = (call.kernel_s(work, heads) for _, heads in groups)
+        kernels = (call.kernel_s(work, heads) + picked for (_, heads), picked in zip(groups, picked_s, strict=True))
         return steps + [Step(*both) for both in zip(kernels, gathers_then_silence, strict=True)]
     returned_s = [call.merge_s(2 * needed.sum(axis=1), key_heads) for key_heads, _ in groups]
     for index, (_, heads) in enumerate(groups):
-        compute_s, messages = call.kernel_s(work, heads), gathers_then_silence[index]
+        compute_s, messages = call.kernel_s(work, heads) + picked_s[index], gathers_then_silence[index]
         if index:
             compute_s, messages = compute_s + returned_s[index - 1], messages + gathers[index - 1].T
         steps.append(Step(compute_s, messages))

@@ -46,13 +46,12 @@ def return_rows(picked: Tensor, pick: Pick, num_rows: int) -> Tensor:
         num_rows: Rows that were read from.
 
     Returns:
-        ``[num_rows, H, D]`` in fp32 or fp64; on CUDA in the dtype of ``picked``, summed in fp32. Equal inputs give equal
-        bits.
+        ``[num_rows, H, D]`` in fp32 or fp64. Equal inputs give equal bits.
     """
     places = pick.places(picked.device)
     if picked.is_cuda and picked.dtype != torch.float64:
         summed: Tensor = importlib.import_module("raysp.attention.triton_rows").sum_picked(
-            picked, places, num_rows, picked.dtype
+            picked, places, num_rows, torch.float32
         )
         return summed
     index, dtype = pick.on(picked.device), accumulation_dtype(picked.dtype)
