@@ -17,8 +17,6 @@ from benchmarks.attention_candidates import Candidate
 from benchmarks.attention_cases import Case
 
 _WARM_UP_STEPS = 20
-# Groups of key heads that the all-gather moves one after the other.
-_HEAD_GROUPS = 4
 
 
 def peak_formula(case: Case, candidate: Candidate, degree: int, item_bytes: int) -> int | None:
@@ -36,8 +34,10 @@ def peak_formula(case: Case, candidate: Candidate, degree: int, item_bytes: int)
         # out, dq, dq of a block, q and dout here and, on a longer ring, arriving, a dq that comes home.
         held = (5 + wide + (0 if degree == 2 else 2)) * q + (1 + wide) * kv
     elif method == "all_gather":
-        # out, dq, dq of a group of heads; gathered keys of two groups, their gradients at work and on the way home.
-        held = (2 + 1 / _HEAD_GROUPS) * q + (1 + 4 * degree / _HEAD_GROUPS) * kv
+        # out and dq; the others' keys, all keys in the order of the call (those of first chunks twice), their gradients.
+        picked = degree + 0.5
+        held = 2 * q + (degree - 1 + 2 * picked) * kv
+        return round(held + _workspace_bytes(case, candidate.kernel, q, picked * kv, item_bytes))
     elif method == "ulysses":
         # out and its gradient twice, as tokens and as heads, q and dq as heads and two messages; k, v and gradients.
         held = 6 * q + 3 * kv

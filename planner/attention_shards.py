@@ -121,6 +121,7 @@ class Shards:
     def __init__(self, work: AttentionWork, efficient_rows: float, merged: int = 1) -> None:
         self.degree = work.degree // merged
         self.window = work.window
+        self.num_documents = len(work.lengths)
         self._causal = work.causal
         self._n0 = efficient_rows
         self._cut = work.cut.coarsened(merged)

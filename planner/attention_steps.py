@@ -204,13 +204,14 @@ def all_gather_steps(call: AttentionPass) -> list[Step]:
     if not call.backward:
         kernels = (call.kernel_s(work, heads) + picked for (_, heads), picked in zip(groups, picked_s, strict=True))
         return steps + [Step(*both) for both in zip(kernels, gathers_then_silence, strict=True)]
+    widening = call.wide_bytes / call.element_bytes
     returned_s = [call.merge_s(2 * needed.sum(axis=1), key_heads) for key_heads, _ in groups]
     for index, (_, heads) in enumerate(groups):
         compute_s, messages = call.kernel_s(work, heads) + picked_s[index], gathers_then_silence[index]
         if index:
-            compute_s, messages = compute_s + returned_s[index - 1], messages + gathers[index - 1].T
+            compute_s, messages = compute_s + returned_s[index - 1], messages + gathers[index - 1].T * widening
         steps.append(Step(compute_s, messages))
-    return [*steps, Step(call.idle(), gathers[-1].T), Step(returned_s[-1], call.silence())]
+    return [*steps, Step(call.idle(), gathers[-1].T * widening), Step(returned_s[-1], call.silence())]
 
 
 def ulysses_steps(call: AttentionPass) -> list[Step]:
@@ -247,9 +248,10 @@ METHOD_STEPS: dict[str, Callable[[AttentionPass, AttentionWork], list[Step]]] = 
 
 def _key_ring_steps(call: AttentionPass, streams: list[_Stream]) -> list[Step]:
     degree, owners = call.degree, np.arange(call.degree)
-    # With two ranks a single kernel call made the sums that travel; under a window sums go straight home.
-    sum_bytes = call.element_bytes if degree == 2 else call.wide_bytes
+    # Under a window sums go straight home. Sums of one document that a single kernel call made travel as it gave them.
     straight_home = call.shards.window is not None
+    is_single = degree == 2 and call.shards.num_documents == 1 and not straight_home
+    sum_bytes = call.element_bytes if is_single else call.wide_bytes
     hops_s = [call.kernel_s(call.shards.pairs(stream.part), stream.num_heads) for stream in streams]
     touched_queries = call.shards.queries.needed
     steps = []

@@ -15,7 +15,7 @@ from typing import Any
 from planner.errors import CostModelError
 from planner.strict_json import as_int, as_list, as_number, as_object, as_str, check_keys
 
-METHOD_NAMES = ("ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses", "rsa")
+METHOD_NAMES = ("ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses", "ulysses_ring", "rsa")
 DEFAULT_RECOMPUTE = "default"
 
 Table = tuple[tuple[int, float], ...]

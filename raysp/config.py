@@ -143,8 +143,10 @@ class PlannerConfig(_Section):
 class AttentionConfig(_Section):
     """Parallel attention inside a group of degree > 1, and its kernel."""
 
-    method: Literal["auto", "ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses"] = "auto"
-    kernel: Literal["auto", "aten", "eager"] = "auto"
+    method: Literal[
+        "auto", "ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses", "ulysses_ring", "rsa"
+    ] = "auto"
+    kernel: Literal["auto", "fa4", "fa2", "aten", "eager"] = "auto"
 
 
 class CheckpointConfig(_Section):

@@ -19,7 +19,7 @@ from raysp.attention.methods.local import Local
 from raysp.attention.methods.ring import KeyRing
 from raysp.attention.methods.rsa import RingSelfAttention
 from raysp.attention.methods.token_ring import TokenRing
-from raysp.attention.methods.ulysses import Ulysses, UlyssesRing, check_heads, neighbours_that_trade
+from raysp.attention.methods.ulysses import Ulysses, UlyssesRing, check_heads
 from raysp.attention.rates import measure_kernel_rate
 from raysp.attention.schedule import Schedule
 from raysp.comm import Communicator, agree_on_slowest, measure_link
@@ -83,8 +83,6 @@ def check_method(name: str, *, degree: int, num_heads: int, num_key_heads: int) 
         raise InputError(f"method 'local' needs a group of one, the layout has degree {degree}. Use 'auto'.")
     if name == "ulysses":
         check_heads(degree, num_heads, num_key_heads)
-    if name == "ulysses_ring":
-        neighbours_that_trade(degree, num_heads, num_key_heads)
 
 
 def choose(

@@ -37,23 +37,29 @@ def pick_rows_of_two(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], 
     return k, v
 
 
-def return_rows(picked: Tensor, pick: Pick, num_rows: int) -> Tensor:
+def return_rows(k_picked: Tensor, v_picked: Tensor, pick: Pick, num_rows: int) -> tuple[Tensor, Tensor]:
     """The reverse for gradients: a row that was read twice gets the sum, one that was not read gets 0.
 
     Args:
-        picked: ``[picked, H, D]``.
+        k_picked: ``[picked, H, D]``, gradient of picked keys.
+        v_picked: Of picked values.
         pick: What was read.
         num_rows: Rows that were read from.
 
     Returns:
-        ``[num_rows, H, D]`` in fp32 or fp64. Equal inputs give equal bits.
+        Two tensors ``[num_rows, H, D]`` in fp32 or fp64. Equal inputs give equal bits.
     """
-    places = pick.places(picked.device)
-    if picked.is_cuda and picked.dtype != torch.float64:
-        summed: Tensor = importlib.import_module("raysp.attention.triton_rows").sum_picked(
-            picked, places, num_rows, torch.float32
-        )
+    places = pick.places(k_picked.device)
+    if k_picked.is_cuda and k_picked.dtype != torch.float64:
+        rows = importlib.import_module("raysp.attention.triton_rows")
+        summed: tuple[Tensor, Tensor] = rows.sum_picked(k_picked, v_picked, places, num_rows)
         return summed
+    dk, dv = (return_rows_of_one(x, pick, num_rows) for x in (k_picked, v_picked))
+    return dk, dv
+
+
+def return_rows_of_one(picked: Tensor, pick: Pick, num_rows: int) -> Tensor:
+    """``return_rows`` of a single tensor, in plain torch."""
     index, dtype = pick.on(picked.device), accumulation_dtype(picked.dtype)
     total = torch.zeros((num_rows, *picked.shape[1:]), dtype=dtype, device=picked.device)
     # Each side names a row at most once, so the additions have one order.

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 _ROWS_OF_MERGE = 16
-_ROWS_OF_SUM = 32
 
 
 @triton.jit
@@ -53,117 +52,108 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
 def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
     """See ``raysp.attention.merge.merge_into``; ``lse`` and ``other_lse`` are fp32."""
     num_rows, num_heads, head_size = out.shape
-    if not num_rows:
-        return
     other_lse = other_lse.to(torch.float32)
     grid = (triton.cdiv(num_rows, _ROWS_OF_MERGE), num_heads)
-    with torch.cuda.device(out.device):
-        _launch(
-            _merge_kernel, grid,
-            out, lse, other_out, other_lse, num_rows, head_size,
-            out.stride(0), out.stride(1), other_out.stride(0), other_out.stride(1),
-            lse.stride(0), lse.stride(1), other_lse.stride(0), other_lse.stride(1),
-            ROWS=_ROWS_OF_MERGE, WIDTH=triton.next_power_of_2(head_size),
-        )  # fmt: skip
+    _launch(
+        _merge_kernel, grid, out.device, out, lse, other_out, other_lse, num_rows, head_size,
+        out.stride(0), out.stride(1), other_out.stride(0), other_out.stride(1),
+        lse.stride(0), lse.stride(1), other_lse.stride(0), other_lse.stride(1),
+        ROWS=_ROWS_OF_MERGE, WIDTH=triton.next_power_of_2(head_size),
+    )  # fmt: skip
 
 
 @triton.jit
 def _pick_kernel(  # type: ignore[no-untyped-def]
-    k_picked, v_picked, k_own, v_own, k_others, v_others, index, num_picked, num_own, row_size,
-    k_own_row, v_own_row, k_others_row, v_others_row, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    k_picked, v_picked, k_own, v_own, k_others, v_others, index, num_picked, num_own,
+    ROW_SIZE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     in_rows = rows < num_picked
     source = tl.load(index + rows, mask=in_rows, other=0)
     is_own = source < num_own
-    inside = in_rows[:, None] & (columns < row_size)[None, :]
+    inside = in_rows[:, None] & (columns < ROW_SIZE)[None, :]
     from_own, from_others = inside & is_own[:, None], inside & (source >= num_own)[:, None]
-    other = source - num_own
-    at = rows[:, None] * row_size + columns[None, :]
-    own_k = tl.load(k_own + source[:, None] * k_own_row + columns[None, :], mask=from_own, other=0.0)
-    others_k = tl.load(k_others + other[:, None] * k_others_row + columns[None, :], mask=from_others, other=0.0)
-    tl.store(k_picked + at, tl.where(is_own[:, None], own_k, others_k), mask=inside)
-    own_v = tl.load(v_own + source[:, None] * v_own_row + columns[None, :], mask=from_own, other=0.0)
-    others_v = tl.load(v_others + other[:, None] * v_others_row + columns[None, :], mask=from_others, other=0.0)
-    tl.store(v_picked + at, tl.where(is_own[:, None], own_v, others_v), mask=inside)
+    own_at = source[:, None] * ROW_SIZE + columns[None, :]
+    others_at = (source - num_own)[:, None] * ROW_SIZE + columns[None, :]
+    at = rows[:, None] * ROW_SIZE + columns[None, :]
+    own = tl.load(k_own + own_at, mask=from_own, other=0.0)
+    tl.store(
+        k_picked + at,
+        tl.where(is_own[:, None], own, tl.load(k_others + others_at, mask=from_others, other=0.0)),
+        mask=inside,
+    )
+    own = tl.load(v_own + own_at, mask=from_own, other=0.0)
+    tl.store(
+        v_picked + at,
+        tl.where(is_own[:, None], own, tl.load(v_others + others_at, mask=from_others, other=0.0)),
+        mask=inside,
+    )
 
 
 def pick_of_two(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
     """See ``raysp.attention.picked.pick_rows_of_two``; ``index`` is int64."""
-    sources = [_with_whole_rows(x) for x in (*own, *others)]
     num_own, *shape = own[0].shape
+    picked = own[0].new_empty((2, len(index), *shape))
     row_size = math.prod(shape)
-    picked = [own[0].new_empty((len(index), *shape)) for _ in range(2)]
-    width = min(1024, triton.next_power_of_2(row_size))
-    grid = (triton.cdiv(len(index), _ROWS_OF_SUM), triton.cdiv(row_size, width))
-    with torch.cuda.device(index.device):
-        _launch(
-            _pick_kernel, grid, *picked, *sources, index, len(index), num_own, row_size,
-            *(x.stride(0) for x in sources), ROWS=_ROWS_OF_SUM, WIDTH=width,
-        )  # fmt: skip
+    width, rows = _tile(row_size)
+    _launch(
+        _pick_kernel, (triton.cdiv(len(index), rows), triton.cdiv(row_size, width)), index.device,
+        picked[0], picked[1], *(x.contiguous() for x in (*own, *others)), index, len(index), num_own,
+        ROW_SIZE=row_size, ROWS=rows, WIDTH=width,
+    )  # fmt: skip
     return picked[0], picked[1]
-
-
-def _with_whole_rows(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy, with the heads of a row one after the other."""
-    return tensor if tensor.stride()[1:] == (tensor.shape[2], 1) else tensor.contiguous()
 
 
 @triton.jit
 def _sum_kernel(  # type: ignore[no-untyped-def]
-    total,
-    picked,
-    places,
-    num_rows,
-    num_places,
-    row_size,
-    total_row,
-    picked_row,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    k_total, v_total, k_picked, v_picked, places, num_rows, num_places,
+    ROW_SIZE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     in_places = rows < num_places
     first = tl.load(places + rows, mask=in_places, other=-1)
     second = tl.load(places + num_places + rows, mask=in_places, other=-1)
-    in_columns = (columns < row_size)[None, :]
-    a = tl.load(
-        picked + first[:, None] * picked_row + columns[None, :], mask=(first >= 0)[:, None] & in_columns, other=0.0
-    )
-    b = tl.load(
-        picked + second[:, None] * picked_row + columns[None, :], mask=(second >= 0)[:, None] & in_columns, other=0.0
-    )
-    value = a.to(tl.float32) + b.to(tl.float32)
-    at = total + rows[:, None] * total_row + columns[None, :]
-    tl.store(at, value.to(total.dtype.element_ty), mask=(rows < num_rows)[:, None] & in_columns)
+    in_columns = (columns < ROW_SIZE)[None, :]
+    has_first, has_second = (first >= 0)[:, None] & in_columns, (second >= 0)[:, None] & in_columns
+    first_at = first[:, None] * ROW_SIZE + columns[None, :]
+    second_at = second[:, None] * ROW_SIZE + columns[None, :]
+    at, inside = rows[:, None] * ROW_SIZE + columns[None, :], (rows < num_rows)[:, None] & in_columns
+    a = tl.load(k_picked + first_at, mask=has_first, other=0.0).to(tl.float32)
+    tl.store(k_total + at, a + tl.load(k_picked + second_at, mask=has_second, other=0.0).to(tl.float32), mask=inside)
+    a = tl.load(v_picked + first_at, mask=has_first, other=0.0).to(tl.float32)
+    tl.store(v_total + at, a + tl.load(v_picked + second_at, mask=has_second, other=0.0).to(tl.float32), mask=inside)
 
 
-def sum_picked(picked: Tensor, places: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+def sum_picked(k_picked: Tensor, v_picked: Tensor, places: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """Give picked rows back to where they came from; a row that was read twice gets the sum, one not read gets 0.
 
     Args:
-        picked: ``[picked, H, D]``, contiguous.
+        k_picked: ``[picked, H, D]``.
+        v_picked: Like ``k_picked``.
         places: int64 ``[2, rows]``, where each row was read, or -1; rows beyond were not read.
         num_rows: Rows of the result.
-        dtype: Of the result.
 
     Returns:
-        ``[num_rows, H, D]``.
+        Two tensors ``[num_rows, H, D]``, fp32.
     """
-    picked = picked.contiguous()
-    total = torch.empty((num_rows, *picked.shape[1:]), dtype=dtype, device=picked.device)
-    row_size = picked[0].numel()
-    if num_rows and row_size:
-        width = min(1024, triton.next_power_of_2(row_size))
-        grid = (triton.cdiv(num_rows, _ROWS_OF_SUM), triton.cdiv(row_size, width))
-        with torch.cuda.device(picked.device):
-            _launch(
-                _sum_kernel, grid, total, picked, places, num_rows, places.shape[1], row_size, total.stride(0),
-                picked.stride(0), ROWS=_ROWS_OF_SUM, WIDTH=width,
-            )  # fmt: skip
-    return total
+    shape = k_picked.shape[1:]
+    total = k_picked.new_empty((2, num_rows, *shape), dtype=torch.float32)
+    row_size = math.prod(shape)
+    width, rows = _tile(row_size)
+    _launch(
+        _sum_kernel, (triton.cdiv(num_rows, rows), triton.cdiv(row_size, width)), places.device,
+        total[0], total[1], k_picked.contiguous(), v_picked.contiguous(), places, num_rows, places.shape[1],
+        ROW_SIZE=row_size, ROWS=rows, WIDTH=width,
+    )  # fmt: skip
+    return total[0], total[1]
+
+
+def _tile(row_size: int) -> tuple[int, int]:
+    """Columns and rows of a program: some ten thousand numbers."""
+    width = min(1024, triton.next_power_of_2(row_size))
+    return width, max(1, 8192 // width)
 
 
 @triton.jit
@@ -185,15 +175,20 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of the rows of ``[T, H, D]`` tensors: fp32 ``[H, T]``."""
     num_rows, num_heads, head_size = a.shape
     dots = torch.empty((num_heads, num_rows), dtype=torch.float32, device=a.device)
-    if num_rows:
-        grid = (triton.cdiv(num_rows, _ROWS_OF_MERGE), num_heads)
-        with torch.cuda.device(a.device):
-            _launch(
-                _dots_kernel, grid, dots, a, b, num_rows, head_size, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
-                ROWS=_ROWS_OF_MERGE, WIDTH=triton.next_power_of_2(head_size),
-            )  # fmt: skip
+    grid = (triton.cdiv(num_rows, _ROWS_OF_MERGE), num_heads)
+    _launch(
+        _dots_kernel, grid, a.device, dots, a, b, num_rows, head_size,
+        a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+        ROWS=_ROWS_OF_MERGE, WIDTH=triton.next_power_of_2(head_size),
+    )  # fmt: skip
     return dots
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: int) -> None:
-    kernel[grid](*arguments, **constants)
+def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: int) -> None:
+    if not min(grid):
+        return
+    if torch.cuda.current_device() == device.index:
+        kernel[grid](*arguments, **constants)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*arguments, **constants)

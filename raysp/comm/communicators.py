@@ -6,6 +6,7 @@ An epoch is the lifetime of one membership. When it changes, ``close`` (or ``abo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -207,6 +208,10 @@ def init_process(
     await_ranks(
         prefixed, f"start of epoch {epoch}", global_rank=global_rank, ranks=range(world_size), timeout_s=timeout_s
     )
+    if device.type == "cuda":
+        # A kernel that fills the GPU would hold back an exchange that was posted before it. torch has an option for this
+        # per group, which it does not take for a world of two backends.
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=prefixed,

@@ -22,6 +22,7 @@ from torch import Tensor
 from raysp.comm.communicator import Communicator
 from raysp.comm.errors import RankLostError, RankTimeoutError
 from raysp.comm.failure_notes import FailureNote, RootCause, find_root_cause, post_note
+from raysp.comm.posting import post_batch
 from raysp.errors import first_line
 
 # gloo matches messages by tag; no exchange sends with this one.
@@ -81,26 +82,22 @@ def exchange(sends: Sequence[Message], recvs: Sequence[Message], communicator: C
     Returns:
         A handle; results are valid after its ``wait()``.
     """
-    operations: list[dist.P2POp] = []
-    peers: list[int] = []
-    for messages, operation in ((sends, dist.isend), (recvs, dist.irecv)):
-        for message in messages:
-            if message.tensor.numel() == 0:
-                continue
-            global_peer = communicator.ranks[message.peer]
-            operations.append(dist.P2POp(operation, message.tensor, global_peer, communicator.process_group))
-            peers.append(global_peer)
-            if operation is dist.isend:
-                communicator.counter.count(message.tensor)
-    if not operations:
+    posted = [
+        [(message.tensor, communicator.ranks[message.peer]) for message in messages if message.tensor.numel()]
+        for messages in (sends, recvs)
+    ]
+    peers = [peer for operations in posted for _, peer in operations]
+    if not peers or communicator.process_group is None:
         return PendingExchange((), (), communicator)
+    for tensor, _ in posted[0]:
+        communicator.counter.count(tensor)
     try:
-        works = dist.batch_isend_irecv(operations)
+        works = post_batch(posted[0], posted[1], communicator.process_group)
     except RuntimeError as error:
-        device = operations[0].tensor.device
+        device = (posted[0] or posted[1])[0][0].device
         raise _transport_error(error, tuple(dict.fromkeys(peers)), communicator, device) from error
     # NCCL returns one work for the whole batch, gloo one for each operation.
-    one_each = len(works) == len(operations)
+    one_each = len(works) == len(peers)
     everyone = tuple(dict.fromkeys(peers))
     owners = [(peer,) if one_each else everyone for peer in peers[: len(works)]]
     tensors = [message.tensor for message in (*sends, *recvs)]

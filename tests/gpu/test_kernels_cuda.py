@@ -13,7 +13,7 @@ from raysp.attention.kernels.eager import EagerKernel
 from raysp.attention.kernels.fa4 import FlashAttention4Kernel
 from raysp.attention.mask import CAUSAL, FULL, SegmentMask
 from raysp.attention.merge import merge_into, merge_partials
-from raysp.attention.picked import pick_rows, return_rows
+from raysp.attention.picked import pick_rows, pick_rows_of_two, return_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -73,12 +73,16 @@ def test_triton_merge_equals_torch(dtype: torch.dtype) -> None:
     assert torch.isneginf(lse[heads, 3:5]).all()
 
 
-def test_triton_sums_of_picked_rows_equal_torch() -> None:
+@pytest.mark.parametrize("shape", [(3, 40), (8, 128)])
+def test_triton_picks_and_their_sums_equal_torch(shape: tuple[int, int]) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     index = torch.cat([torch.randperm(50)[:30], torch.randperm(50)[:40]]).numpy()
-    pick = Pick(index, 30)
-    rows = torch.randn(52, 3, 40, generator=generator, device="cuda").bfloat16()
-    picked = pick_rows(rows, pick)
-    assert torch.equal(picked, rows[torch.from_numpy(index).cuda()])
-    expected = torch.zeros(52, 3, 40, device="cuda").index_add_(0, torch.from_numpy(index).cuda(), picked.float())
-    torch.testing.assert_close(return_rows(picked, pick, 52).float(), expected, rtol=0, atol=3e-2)
+    pick, on_gpu = Pick(index, 30), torch.from_numpy(index).cuda()
+    k, v = (torch.randn(52, *shape, generator=generator, device="cuda").bfloat16() for _ in range(2))
+    assert torch.equal(pick_rows(k, pick), k[on_gpu])
+    picked = pick_rows_of_two((k[:20], v[:20]), (k[20:], v[20:]), pick)
+    assert torch.equal(picked[0], k[on_gpu])
+    assert torch.equal(picked[1], v[on_gpu])
+    for found, given in zip(return_rows(*picked, pick, 52), picked, strict=True):
+        expected = torch.zeros(52, *shape, device="cuda").index_add_(0, on_gpu, given.float())
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

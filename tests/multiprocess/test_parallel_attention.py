@@ -23,9 +23,6 @@ def runnable(case: Case, methods: tuple[str, ...] = METHODS) -> tuple[str, ...]:
     refused = set()
     if not heads_divide(case.degree, case.num_heads, case.num_key_heads):
         refused.add("ulysses")
-    factors = [factor for factor in range(2, case.degree) if case.degree % factor == 0]
-    if not any(heads_divide(factor, case.num_heads, case.num_key_heads) for factor in factors):
-        refused.add("ulysses_ring")
     return tuple(method for method in methods if method not in refused)
 
 

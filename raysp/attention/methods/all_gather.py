@@ -3,8 +3,7 @@
 The keys of all ranks are at hand at once, so a document's keys are read in natural order and a rank's whole work is one
 kernel call, which ends in the diagonal like plain causal attention: nothing is merged. Key heads are gathered in groups:
 while one group is computed the next one travels, and in the backward the gradients of the last one go home. Only rows
-that the receiver needs are sent. A gradient leaves in the dtype in which its kernel call gave it and is summed in fp32
-or fp64 by the owner, in rank order.
+that the receiver needs are sent. Gradients go home in fp32 or fp64 and are summed there in rank order.
 
 Source: the context parallelism of Llama 3 (arXiv:2407.21783, section 3.3.2).
 """
@@ -140,7 +139,8 @@ class _Return:
         self._call = call
         gathered = call.schedule.gathered(call.group_rank)
         self._own = [x[_place(gathered.offsets, gathered.from_rank, call.group_rank).index] for x in sums]
-        sums = [x.contiguous() for x in sums]
+        wide = accumulation_dtype(sums[0].dtype)
+        sums = [x.to(wide).contiguous() for x in sums]
         sends: list[Message] = []
         recvs: list[Message] = []
         self._received: dict[int, tuple[Rows, list[Tensor]]] = {}
@@ -162,12 +162,12 @@ class _Return:
             for total, part in zip(self._own, buffers, strict=True):
                 total[home.index] += part
             return self._own
-        wide = [torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device) for x in self._own]
+        totals = [torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device) for x in self._own]
         for rank in range(degree):
-            home, parts = (Rows(0, wide[0].shape[0]), self._own) if rank == me else self._received[rank]
-            for total, part in zip(wide, parts, strict=True):
+            home, parts = (Rows(0, totals[0].shape[0]), self._own) if rank == me else self._received[rank]
+            for total, part in zip(totals, parts, strict=True):
                 total[home.index] += part
-        return wide
+        return totals
 
 
 def _place(offsets: tuple[int, ...], from_rank: tuple[Rows, ...], rank: int) -> Rows:

@@ -204,5 +204,5 @@ def differentiate_blocks(
         )
         query_sums.add(block.queries, (dq,), heads)
         if block.pick is not None:
-            dk, dv = (return_rows(x, block.pick, len(block.keys)) for x in (dk, dv))
+            dk, dv = return_rows(dk, dv, block.pick, len(block.keys))
         key_sums.add(block.keys, (dk, dv), key_heads)

@@ -151,6 +151,7 @@ class _Traveller:
         self._degree = call.degree
         self._group_rank = call.group_rank
         self._num_terms = call.most_partials - 1
+        self._has_one_document = len(call.schedule.layout.lengths) == 1
         self._straight_home = call.schedule.mask.window is not None
         self._like = k[:, stream.key_heads]
         # A copy where only some heads travel: messages must be contiguous.
@@ -216,8 +217,9 @@ class _Traveller:
 
     @property
     def _sum_dtype(self) -> torch.dtype:
-        """Of sums that travel: with two ranks a single kernel call made them, so wider ones would say no more."""
-        return self._like.dtype if self._degree == 2 else accumulation_dtype(self._like.dtype)
+        """Of sums that travel: where a single kernel call made them, a wider one would say no more."""
+        is_single = self._degree == 2 and self._has_one_document and not self._straight_home
+        return self._like.dtype if is_single else accumulation_dtype(self._like.dtype)
 
     def _buffers(self, rows: Rows, dtype: torch.dtype) -> list[Tensor]:
         shape = (len(rows), *self._like.shape[1:])

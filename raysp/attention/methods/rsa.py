@@ -23,7 +23,7 @@ from raysp.attention.itinerary import least_itinerary
 from raysp.attention.kernels.eager import visible_keys
 from raysp.attention.merge import GradientSums, accumulation_dtype
 from raysp.attention.methods.call import AttentionCall, Saved, all_rows
-from raysp.attention.picked import pick_rows, return_rows
+from raysp.attention.picked import pick_rows, return_rows_of_one
 from raysp.comm import Message, exchange
 
 
@@ -111,7 +111,7 @@ class _Visit:
             for queries, keys in block.segments.pieces():
                 start = block.queries.start
                 yield _Piece(slice(start + queries.start, start + queries.stop), picked[keys], block, keys)
-            gradient = gathered if block.pick is None else return_rows(gathered, block.pick, len(block.keys))
+            gradient = gathered if block.pick is None else return_rows_of_one(gathered, block.pick, len(block.keys))
             self.sums.add(block.keys, (gradient,))
 
     def give(self, piece: _Piece, gradient: Tensor) -> None:

@@ -47,6 +47,8 @@ class Ulysses:
 class UlyssesRing:
     """Two dimensions: neighbours trade heads, the inner method runs across; see ``raysp.attention.methods.call.Method``.
 
+    Where all ranks can share out the heads this is Ulysses, where no two can it is the inner method.
+
     Attributes:
         inner: The method across groups.
     """
@@ -55,15 +57,24 @@ class UlyssesRing:
 
     def forward(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """Trade tokens for heads among neighbours, attend across, trade back."""
-        trade, across = _two_dimensions(call, q.shape[1])
+        factor = neighbours_that_trade(call.degree, q.shape[1], k.shape[1])
+        if factor in (1, call.degree):
+            return self._one_dimension(call, factor).forward(call, q, k, v)
+        trade, across = _two_dimensions(call, factor)
         out, saved = self.inner.forward(across, *trade.to_heads(q, k, v))
         return trade.to_tokens(out), saved
 
     def backward(self, call: AttentionCall, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same trades in reverse."""
-        trade, across = _two_dimensions(call, dout.shape[1])
+        factor = neighbours_that_trade(call.degree, dout.shape[1], call.num_key_heads)
+        if factor in (1, call.degree):
+            return self._one_dimension(call, factor).backward(call, saved, dout)
+        trade, across = _two_dimensions(call, factor)
         gradients = self.inner.backward(across, saved, trade.queries_to_heads(dout))
         return trade.gradients_to_tokens(*gradients, dout.dtype)
+
+    def _one_dimension(self, call: AttentionCall, factor: int) -> Method:
+        return Ulysses() if factor == call.degree else self.inner
 
 
 def heads_divide(degree: int, num_heads: int, num_key_heads: int) -> bool:
@@ -72,17 +83,11 @@ def heads_divide(degree: int, num_heads: int, num_key_heads: int) -> bool:
 
 
 def neighbours_that_trade(degree: int, num_heads: int, num_key_heads: int) -> int:
-    """The largest part of a group whose ranks can share out the heads, smaller than the group itself.
-
-    Raises:
-        InputError: Not even two neighbours can.
-    """
-    for factor in range(degree - 1, 1, -1):
-        if degree % factor == 0 and heads_divide(factor, num_heads, num_key_heads):
-            return factor
-    raise InputError(
-        f"ulysses_ring cannot share {num_heads} query and {num_key_heads} key heads among a part of a group of degree "
-        f"{degree}; expected a divisor of the degree, above 1 and below it, that divides the heads. Use method 'ring'."
+    """The largest part of a group, up to all of it, whose ranks can share out the heads; 1 where not even two can."""
+    return max(
+        factor
+        for factor in range(1, degree + 1)
+        if degree % factor == 0 and heads_divide(factor, num_heads, num_key_heads)
     )
 
 
@@ -207,9 +212,8 @@ class _RowOrder:
         return forward.to(device), torch.argsort(forward).to(device)
 
 
-def _two_dimensions(call: AttentionCall, num_heads: int) -> tuple[_Trade, AttentionCall]:
+def _two_dimensions(call: AttentionCall, factor: int) -> tuple[_Trade, AttentionCall]:
     """The trade of this rank's neighbours, and the inner call across their groups."""
-    factor = neighbours_that_trade(call.degree, num_heads, call.num_key_heads)
     schedule, me = call.schedule, call.group_rank
     first_rank, place = me - me % factor, me % factor
     joint = schedule.layout.coarsened(factor), schedule.key_layout.coarsened(factor)
