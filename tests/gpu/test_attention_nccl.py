@@ -48,9 +48,11 @@ def answers() -> dict[int, Any]:
     "case", all_cases() if torch.cuda.is_available() else [Case(method) for method in METHODS], ids=str
 )
 def test_bf16_is_as_exact_as_one_gpu(answers: dict[int, Any], case: Case) -> None:
+    """dk and dv are sums, in fp32, of what kernel calls on both ranks rounded to bf16; one GPU rounds once less."""
     errors, _ = answers[0]
+    limit = 1.2 if case.causal else 1.3
     for name, (found, alone) in zip(("out", "dq", "dk", "dv"), errors[case], strict=True):
-        assert found <= (1.2 if case.causal else 1.3) * alone + 1e-6, (name, found / alone)
+        assert found <= (limit if name in ("out", "dq") else 1.3) * alone + 1e-6, (name, found / alone)
 
 
 @pytest.mark.parametrize("method", METHODS)
