@@ -59,15 +59,15 @@ def test_methods_equal_full_attention_on_other_packings(
     check_errors(gloo_pool, Case(lengths, 4, causal=causal, scale=0.7), 1e-10)
 
 
-@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
-@pytest.mark.parametrize("degree", [2, 3, 4])
+@pytest.mark.parametrize("order", ["zigzag", pytest.param("contiguous", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("degree", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("window", [1, 40, 600])
 def test_windows_equal_full_attention(gloo_pool: GlooPool, window: int, degree: int, order: str) -> None:
     check_errors(gloo_pool, Case(ACROSS_BORDERS, degree, window=window, order=order), 1e-10)
     check_errors(gloo_pool, Case((500,), degree, num_key_heads=1, window=window, order=order), 1e-10)
 
 
-@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("order", ["zigzag", pytest.param("contiguous", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("degree", [2, 3, 4])
 def test_cross_attention_equals_full_attention(gloo_pool: GlooPool, degree: int, order: str) -> None:
     for lengths, key_lengths in (((1, 63, 127, 300), (700, 2, 1, 90)), ((64,), (5,)), ((400, 3), (1, 1))):
@@ -79,7 +79,9 @@ def test_cross_attention_equals_full_attention(gloo_pool: GlooPool, degree: int,
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("heads", [(8, 4), (4, 1), (5, 5)])
+@pytest.mark.parametrize(
+    "heads", [(8, 4), pytest.param((4, 1), marks=pytest.mark.slow), pytest.param((5, 5), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("degree", [5, 6, 7, 8])
 def test_methods_equal_full_attention_at_higher_degrees(
     wide_pool: GlooPool, degree: int, heads: tuple[int, int], causal: bool
