@@ -72,6 +72,7 @@ class AnnealingSearch:
     best: State | None = None
     num_runs: int = 0
     _num_fresh: int = 0
+    _longest_start_s: float = 0.0
     _best_of_count: dict[int, float] = field(default_factory=dict)
 
     def offer(self, draft: Draft) -> None:
@@ -82,12 +83,19 @@ class AnnealingSearch:
             arrays = self.tables.state(draft, len(draft) * (self.problem.num_ranks + SPARE_SLOTS))
             self.best = State(*arrays, len(draft))
 
-    def run(self, duration_s: float) -> None:
-        """Make one run of about `duration_s` (or of the budget's chunks), and keep its best state if it is better."""
+    def run(self, duration_s: float, left_s: float = math.inf) -> None:
+        """Make one run of about `duration_s` (or of the budget's chunks), and keep its best state if it is better.
+
+        Args:
+            duration_s: Seconds.
+            left_s: Seconds until runs must end: what cannot be interrupted, making a start, is not begun where an earlier
+                one took longer.
+        """
         place = self.num_runs
         self.num_runs += 1
         seed = self.seed * 1_000_003 + place
-        if self.best is not None and place >= _NUM_COUNTS and place % 3 == 2:
+        in_time = self._longest_start_s < left_s
+        if self.best is not None and ((place >= _NUM_COUNTS and place % 3 == 2) or not in_time):
             state, total_s = self._annealed(self.tables, self.best.copy(), _GENTLE, duration_s, seed)
         else:
             begun_s = self.budget.clock()
@@ -133,7 +141,10 @@ class AnnealingSearch:
             tried_s = self.budget.clock() - begun_s
             if trial > 0 and tried_s >= duration_s * _NUM_TRIALS * _TRIAL_SHARE and self.budget.node_limit is None:
                 break
+            started_s = self.budget.clock()
             start = (cut_state if trial % 2 else tight_state)(self.problem, tables, count, random)
+            if self.budget.node_limit is None:
+                self._longest_start_s = max(self._longest_start_s, self.budget.clock() - started_s)
             trial_s, trial_seed = duration_s * _TRIAL_SHARE, seed * _NUM_TRIALS + trial
             state, total_s = self._annealed(tables, start, _TRIAL, trial_s, trial_seed, _TRIAL_SHARE)
             if state is None:

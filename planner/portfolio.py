@@ -177,7 +177,7 @@ class _Portfolio:
 
     def _anneal(self, search: AnnealingSearch, run_s: float, until_s: float, *, telling: bool) -> None:
         while (left_s := until_s - self.budget.clock()) > 0 and not self.budget.cancelled.is_set():
-            search.run(min(run_s, left_s))
+            search.run(min(run_s, left_s), left_s)
             if telling and self.on_better is not None:
                 total_s = search.best_s + self.problem.step_fixed_s
                 if total_s < self.told_s * _WORTH_TELLING:
