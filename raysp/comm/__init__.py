@@ -2,7 +2,7 @@
 
 from torch.distributed import ProcessGroup
 
-from raysp.comm.collectives import all_to_all_rows, reduce_scatter_rows, start_all_gather_rows
+from raysp.comm.collectives import all_to_all_rows, other_ranks, start_all_gather_rows
 from raysp.comm.communicator import ByteCounter, Communicator
 from raysp.comm.communicators import Communicators, init_process
 from raysp.comm.errors import RankLostError, RankTimeoutError
@@ -37,7 +37,7 @@ __all__ = [
     "init_process",
     "measure_link",
     "measure_pairs",
-    "reduce_scatter_rows",
+    "other_ranks",
     "serve_store",
     "start_all_gather_rows",
     "world_mesh",

@@ -1,14 +1,12 @@
 """Collectives over rows whose counts differ by rank.
 
-``row_counts[r]`` is what group rank ``r`` contributes or keeps; every rank knows all of them from the layout. The
-sums are taken in rank order on the rank that keeps them, so their bits do not depend on who arrives first.
+``row_counts[r]`` is what group rank ``r`` contributes; every rank knows all of them from the layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from raysp.comm.communicator import Communicator
@@ -32,37 +30,10 @@ def start_all_gather_rows(
     parts = gathered.split(list(row_counts))
     me = communicator.group_rank
     parts[me].copy_(rows)
-    others = _others(communicator)
+    others = other_ranks(communicator)
     sends = [Message(parts[me], peer) for peer in others]
     recvs = [Message(parts[peer], peer) for peer in others]
     return gathered, exchange(sends, recvs, communicator)
-
-
-def reduce_scatter_rows(partials: Tensor, row_counts: Sequence[int], communicator: Communicator) -> Tensor:
-    """Sum each rank's rows over all ranks, and keep the own ones.
-
-    Args:
-        partials: ``[sum(row_counts), ...]`` in rank order: this rank's part of everyone's sum.
-        row_counts: Rows every rank keeps.
-        communicator: The group.
-
-    Returns:
-        ``[row_counts[group_rank], ...]``, in the dtype of ``partials``.
-    """
-    me = communicator.group_rank
-    parts = partials.contiguous().split(list(row_counts))
-    others = _others(communicator)
-    buffers = {peer: torch.empty_like(parts[me]) for peer in others}
-    pending = exchange(
-        [Message(parts[peer], peer) for peer in others],
-        [Message(buffers[peer], peer) for peer in others],
-        communicator,
-    )
-    pending.wait()
-    total = torch.zeros_like(parts[me])
-    for rank in range(communicator.degree):
-        total += parts[me] if rank == me else buffers[rank]
-    return total
 
 
 def all_to_all_rows(
@@ -82,7 +53,7 @@ def all_to_all_rows(
     Returns:
         For each tensor ``[sum of its recv_counts, ...]``.
     """
-    me, others = communicator.group_rank, _others(communicator)
+    me, others = communicator.group_rank, other_ranks(communicator)
     sends: list[Message] = []
     recvs: list[Message] = []
     received: list[Tensor] = []
@@ -98,6 +69,6 @@ def all_to_all_rows(
     return received
 
 
-def _others(communicator: Communicator) -> list[int]:
+def other_ranks(communicator: Communicator) -> list[int]:
     """Peers in an order that spreads the load: the next rank first, all ranks starting at a different one."""
     return [(communicator.group_rank + step) % communicator.degree for step in range(1, communicator.degree)]

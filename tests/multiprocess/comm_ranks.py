@@ -23,7 +23,6 @@ from raysp.comm import (
     init_process,
     measure_link,
     measure_pairs,
-    reduce_scatter_rows,
     start_all_gather_rows,
 )
 from raysp.errors import RayspError
@@ -103,17 +102,15 @@ def exchanged(comms: Communicators, dtype: torch.dtype) -> tuple[list[float], in
     return torch.cat(buffers).tolist(), communicator.counter.sent_bytes
 
 
-def uneven_collectives(comms: Communicators) -> tuple[list[float], list[float], list[float]]:
-    """Gather, scatter-sum and trade rows whose counts are 0, 1, 2, ..."""
+def uneven_collectives(comms: Communicators) -> tuple[list[float], list[float]]:
+    """Gather and trade rows whose counts are 0, 1, 2, ..."""
     communicator = comms.communicator(range(comms.world_size))
     rank, degree = communicator.group_rank, communicator.degree
     counts = list(range(degree))
     gathered, pending = start_all_gather_rows(torch.full((rank, 2), float(rank)), counts, communicator)
     pending.wait()
-    partials = torch.arange(sum(counts), dtype=torch.float64) * (rank + 1)
-    summed = reduce_scatter_rows(partials, counts, communicator)
     traded = all_to_all_rows([torch.full((sum(counts),), float(rank))], [counts], [[rank] * degree], communicator)[0]
-    return gathered[:, 0].tolist(), summed.tolist(), traded.tolist()
+    return gathered[:, 0].tolist(), traded.tolist()
 
 
 def barrier_without_rank_2(comms: Communicators) -> tuple[int, ...]:

@@ -61,10 +61,8 @@ def test_messages_between_two_ranks_keep_their_order(pair: GlooPool) -> None:
 
 
 def test_collectives_over_uneven_rows(gloo_pool: GlooPool) -> None:
-    offsets = [0, 0, 1, 3, 6]
-    for rank, (gathered, summed, traded) in enumerate(gloo_pool.run(ranks.uneven_collectives)):
+    for rank, (gathered, traded) in enumerate(gloo_pool.run(ranks.uneven_collectives)):
         assert gathered == [1.0, 2.0, 2.0, 3.0, 3.0, 3.0]
-        assert summed == [10.0 * row for row in range(offsets[rank], offsets[rank + 1])]
         assert traded == [float(source) for source in range(4) for _ in range(rank)]
 
 

@@ -28,7 +28,7 @@ from raysp.attention.methods.call import (
     head_groups,
 )
 from raysp.attention.picked import pick_rows_of_two
-from raysp.comm import Message, PendingExchange, exchange
+from raysp.comm import Message, PendingExchange, exchange, other_ranks
 
 DEFAULT_HEAD_GROUPS = 1
 
@@ -95,7 +95,7 @@ class _Gather:
         self._others = k.new_empty(shape), k.new_empty(shape)
         sends: list[Message] = []
         recvs: list[Message] = []
-        for peer in _others(call):
+        for peer in other_ranks(call.group):
             leaving = call.schedule.gathered(peer).from_rank[call.group_rank]
             sends += [Message(x[leaving.index].contiguous(), peer) for x in self._own]
             start = gathered.offsets[peer] - k.shape[0]
@@ -144,7 +144,7 @@ class _Return:
         sends: list[Message] = []
         recvs: list[Message] = []
         self._received: dict[int, tuple[Rows, list[Tensor]]] = {}
-        for peer in _others(call):
+        for peer in other_ranks(call.group):
             rows = _place(gathered.offsets, gathered.from_rank, peer)
             sends += [Message(x[rows.index], peer) for x in sums]
             home = call.schedule.gathered(peer).from_rank[call.group_rank]
@@ -173,8 +173,3 @@ class _Return:
 def _place(offsets: tuple[int, ...], from_rank: tuple[Rows, ...], rank: int) -> Rows:
     """Rows of the buffer that hold what came from a rank."""
     return Rows(offsets[rank], offsets[rank] + len(from_rank[rank]))
-
-
-def _others(call: AttentionCall) -> list[int]:
-    """Peers in an order that spreads the load: the next rank first, all ranks starting at a different one."""
-    return [(call.group_rank + step) % call.degree for step in range(1, call.degree)]

@@ -141,7 +141,7 @@ def test_solver_that_crashes_leaves_a_valid_plan_and_says_so(monkeypatch: pytest
     monkeypatch.setattr(solver_module, "_solve_highs", crash)
     monkeypatch.setattr(solver_module, "_solve_cbc", crash)
     lengths = long_tail(40, seed=2)
-    plan = plan_step(lengths, 8, make_model(), time_limit_s=0.5, num_threads=num_threads)
+    plan = plan_step(lengths, 8, make_model(), time_limit_s=2.0, num_threads=num_threads)
     assert validate_plan(plan, lengths, make_model()) == []
     assert plan.outcome == "feasible"
     assert "solver died" in plan.reason
