@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from planner import CostModel, InfeasibleError, list_presets, load_preset
-from raysp.attention import METHODS
 from raysp.cluster.planning import plan_batch
 from raysp.config import Config
 from raysp.data.dataset import TokenDataset
@@ -121,7 +120,7 @@ def read_cost_model(config: Config) -> CostModel | None:
 
 
 def _check_runnable(model: CostModel, config: Config) -> None:
-    """Refuse methods and policies that the workers cannot run; a plan may choose any that its cost model lists."""
+    """Refuse policies that the workers cannot run; a plan may choose any that its cost model lists."""
     name = config.planner.cost_model
     for policy in model.recompute_policies:
         if policy.name not in RECOMPUTE_POLICIES:
@@ -129,12 +128,6 @@ def _check_runnable(model: CostModel, config: Config) -> None:
                 f"planner.cost_model = {name!r} has the recompute policy {policy.name!r}; expected "
                 f"{' or '.join(map(repr, RECOMPUTE_POLICIES))}, which training can run. Remove it from "
                 "recompute_policies."
-            )
-    for method in model.attentions if config.attention.method == "auto" else ():
-        if method not in METHODS:
-            raise InputError(
-                f"planner.cost_model = {name!r} has the attention method {method!r}; expected one of "
-                f"{', '.join(METHODS)}, which training can run. Set attention.method, or remove it."
             )
 
 
