@@ -80,9 +80,9 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_size: int
             f"kernel {name!r} needs the package {_PACKAGES[name]}, which is not installed; expected it beside raysp. "
             f"Install raysp[{name}], or use kernel = 'auto'."
         )
-    if not module.runs_on(device):
-        lowest = ".".join(map(str, module.LOWEST_CAPABILITY))
-        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    capability = torch.cuda.get_device_capability(device)
+    if capability < module.LOWEST_CAPABILITY:
+        found, lowest = (".".join(map(str, version)) for version in (capability, module.LOWEST_CAPABILITY))
         return (
             f"kernel {name!r} has no kernels for compute capability {found}; expected {lowest} or newer. Use kernel = "
             "'aten'."

@@ -31,11 +31,6 @@ def is_installed() -> bool:
         return False
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether the device is a GPU that the package has kernels for."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= LOWEST_CAPABILITY
-
-
 @dataclass(frozen=True)
 class FlashAttention2Kernel:
     """See ``raysp.attention.kernels.contract.Kernel``."""
