@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,7 +23,7 @@ from raysp.attention import (
     reference_attention,
     sparse_parallel_attention,
 )
-from raysp.comm import Communicator, Communicators, all_reduce_sum
+from raysp.comm import Communicator, Communicators, RankLostError, all_reduce_sum
 from raysp.errors import InputError
 
 
@@ -163,6 +168,50 @@ def sent_bytes(comms: Communicators, case: Case, method: str) -> tuple[int, int]
     forward = communicator.counter.sent_bytes
     torch.autograd.grad(out, (q, k, v), dout)
     return forward, communicator.counter.sent_bytes - forward
+
+
+def error_of_a_death(
+    comms: Communicators, case: Case, method: str, dying_rank: int, *, exchange: int, in_backward: bool
+) -> tuple[tuple[int, ...], str]:
+    """The ranks that this rank's error names, and its text, where one is killed in a forward or backward.
+
+    Args:
+        exchange: Of how many of this pass it has posted the sends, but not the receives, when it dies.
+    """
+    run_method(comms, case, method)
+    layout = make_layouts(case)[0]
+    tokens = layout.token_indices(comms.global_rank)
+    q, k, v, dout = make_inputs(case)
+    leaves = [tensor[tokens].requires_grad_() for tensor in (q, k, v)]
+    group = comms.communicator(range(case.degree))
+    try:
+        if comms.global_rank == dying_rank and not in_backward:
+            _die_at(exchange)
+        out = parallel_attention(*leaves, layout=layout, group=group, method=method)
+        if comms.global_rank == dying_rank:
+            _die_at(exchange)
+        torch.autograd.grad(out, leaves, dout[tokens])
+    except RankLostError as error:
+        return error.lost_ranks, str(error)
+    raise AssertionError(f"{method}: nothing failed")
+
+
+def _die_at(exchange: int) -> None:
+    module = importlib.import_module("raysp.comm.exchange")
+    post, left = module.post_batch, exchange
+
+    def post_or_die(
+        sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]], process_group: dist.ProcessGroup
+    ) -> list[dist.Work]:
+        nonlocal left
+        left -= 1
+        if left:
+            return post(sends, recvs, process_group)
+        post(sends, (), process_group)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("still alive")
+
+    module.post_batch = post_or_die
 
 
 def refusal(comms: Communicators, case: Case, method: str) -> str:

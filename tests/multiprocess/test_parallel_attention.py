@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import attention_ranks as ranks
 import pytest
@@ -17,6 +21,22 @@ METHODS = ("ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses", 
 WITHOUT_HEADS = ("ring", "bidirectional_ring", "token_ring", "all_gather", "rsa")
 ACROSS_BORDERS = (1, 63, 127, 1000)
 HEADS = [(4, 2), (4, 4), (4, 1)]
+
+
+@pytest.fixture
+def two_quartets(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GlooPool, GlooPool]]:
+    """Two pools of four ranks of their own, for tests that break them; forked, so that each starts in no time."""
+    forking = multiprocessing.get_context("forkserver")
+    # The first backward of a process imports sympy.
+    forking.set_forkserver_preload(["sympy", "raysp.attention"])
+    pools = GlooPool(size=4), GlooPool(size=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(multiprocessing, "get_context", lambda method=None: forking)
+        # Asking for its port starts a pool.
+        assert all(pool.store_port for pool in pools)
+    yield pools
+    for pool in pools:
+        pool.stop()
 
 
 def runnable(case: Case, methods: tuple[str, ...] = METHODS) -> tuple[str, ...]:
@@ -193,6 +213,26 @@ def test_documents_of_one_rank_send_nothing(gloo_pool: GlooPool) -> None:
     case = Case((5, 3, 7, 6), 4)
     for method in WITHOUT_HEADS:
         assert gloo_pool.run(ranks.sent_bytes, replace(case, causal=False), method) == [(0, 0)] * 4
+
+
+@pytest.mark.parametrize(
+    ("method", "in_forward", "in_backward"),
+    [("ring", 2, 3), ("token_ring", 2, 2), ("all_gather", 1, 2), ("ulysses", 2, 2)],
+)
+def test_every_rank_names_the_one_that_was_killed_in_mid_exchange(
+    two_quartets: tuple[GlooPool, GlooPool], method: str, in_forward: int, in_backward: int
+) -> None:
+    """In the n-th exchange of a forward, and in another group in that of a backward."""
+    case, dying_rank = Case((300, 40, 5), 4, num_key_heads=4), 2
+    runs = [
+        partial(pool.run_until_death, partial(ranks.error_of_a_death, exchange=exchange, in_backward=is_backward))
+        for pool, exchange, is_backward in zip(two_quartets, (in_forward, in_backward), (False, True), strict=True)
+    ]
+    with ThreadPoolExecutor(2) as both:
+        for answers in both.map(lambda run: run(case, method, dying_rank), runs):
+            assert set(answers) == set(range(4)) - {dying_rank}
+            for named, text in answers.values():
+                assert named == (dying_rank,), text
 
 
 @pytest.mark.parametrize("order", ["zigzag", "contiguous"])
