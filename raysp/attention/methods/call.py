@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 from torch import Tensor
 
+from planner.attention_steps import head_groups as head_group_sizes
 from raysp.attention.blocks import Block, Rows
 from raysp.attention.kernels import Kernel
 from raysp.attention.merge import ALL_HEADS, GradientSums, PartialResult
@@ -151,10 +152,9 @@ def all_rows(tensor: Tensor) -> Rows:
 
 def head_groups(num_heads: int, num_key_heads: int, num_groups: int) -> list[tuple[slice, slice]]:
     """Cut the key heads into nearly equal runs: the key heads and the query heads that read them, for each run."""
-    num_groups = max(1, min(num_groups, num_key_heads))
-    bounds = [num_key_heads * index // num_groups for index in range(num_groups + 1)]
-    per_key = num_heads // num_key_heads
-    return [(slice(start, stop), slice(start * per_key, stop * per_key)) for start, stop in pairwise(bounds)]
+    sizes = head_group_sizes(num_heads, num_key_heads, num_groups)
+    key_heads, heads = ([0, *accumulate(each)] for each in zip(*sizes, strict=True))
+    return [(slice(*keys), slice(*queries)) for keys, queries in zip(pairwise(key_heads), pairwise(heads), strict=True)]
 
 
 def attend_blocks(

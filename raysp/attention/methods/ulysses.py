@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from planner.attention_steps import heads_divide, trading_neighbours
 from raysp.attention.layout import SequenceLayout
 from raysp.attention.merge import accumulation_dtype
 from raysp.attention.methods.call import AttentionCall, Method, Saved
@@ -77,18 +78,11 @@ class UlyssesRing:
         return Ulysses() if factor == call.degree else self.inner
 
 
-def heads_divide(degree: int, num_heads: int, num_key_heads: int) -> bool:
-    """Whether each rank can have an equal share of the heads."""
-    return num_heads % degree == 0 and (num_key_heads % degree == 0 or degree % num_key_heads == 0)
-
-
 def neighbours_that_trade(degree: int, num_heads: int, num_key_heads: int) -> int:
     """The largest part of a group, up to all of it, whose ranks can share out the heads; 1 where not even two can."""
-    return max(
-        factor
-        for factor in range(1, degree + 1)
-        if degree % factor == 0 and heads_divide(factor, num_heads, num_key_heads)
-    )
+    if heads_divide(degree, num_heads, num_key_heads):
+        return degree
+    return trading_neighbours(degree, num_heads, num_key_heads) or 1
 
 
 def check_heads(degree: int, num_heads: int, num_key_heads: int) -> None:
