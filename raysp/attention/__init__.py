@@ -6,6 +6,7 @@ from raysp.attention.kernels import KERNELS
 from raysp.attention.layout import SequenceLayout
 from raysp.attention.parallel import parallel_attention
 from raysp.attention.reference import reference_attention
+from raysp.attention.relayout import relayout
 from raysp.attention.sparse import sparse_parallel_attention
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "explain_methods",
     "parallel_attention",
     "reference_attention",
+    "relayout",
     "sparse_parallel_attention",
 ]

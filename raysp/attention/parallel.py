@@ -63,7 +63,7 @@ def parallel_attention(
     """
     keys = layout if kv_layout is None else kv_layout
     _check_mask(causal, window, layout, kv_layout)
-    communicator = _communicator(group, layout)
+    communicator = Communicator.of(group, layout.degree)
     _check_tensors(q, k, v, layout, keys, communicator.group_rank)
     call = AttentionCall(
         schedule=schedule_of(layout, DocumentMask(causal, window), keys),
@@ -104,22 +104,6 @@ class _ParallelAttention(torch.autograd.Function):
         dq, dk, dv = ctx.method.backward(ctx.call, ctx.saved_tensors, dout.contiguous())
         dtype = dout.dtype
         return dq.to(dtype), dk.to(dtype), dv.to(dtype), None, None
-
-
-def _communicator(group: ProcessGroup | Communicator | None, layout: SequenceLayout) -> Communicator:
-    if group is None or layout.degree == 1:
-        if layout.degree != 1:
-            raise InputError(
-                f"group is None for a layout of degree {layout.degree}; expected the process group of its ranks."
-            )
-        return Communicator.alone()
-    communicator = group if isinstance(group, Communicator) else Communicator.wrap(group)
-    if communicator.degree != layout.degree:
-        raise InputError(
-            f"the group has {communicator.degree} ranks and the layout degree {layout.degree}; expected the same. "
-            "Build the layout with the degree of the group that runs it."
-        )
-    return communicator
 
 
 def _check_mask(causal: bool, window: int | None, layout: SequenceLayout, kv_layout: SequenceLayout | None) -> None:

@@ -77,6 +77,29 @@ class Communicator:
         measurements = _MEASUREMENTS.setdefault(process_group, {})
         return cls(process_group, ranks, dist.get_rank(process_group), measurements=measurements)
 
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | Communicator | None, degree: int) -> Communicator:
+        """View what a caller passed as the group of a layout of ``degree``.
+
+        Args:
+            group: A process group, a communicator, or ``None`` for a rank alone.
+            degree: Ranks the layout was built for.
+
+        Raises:
+            InputError: The group has another number of ranks.
+        """
+        if degree == 1:
+            return cls.alone()
+        if group is None:
+            raise InputError(f"group is None for a layout of degree {degree}; expected the process group of its ranks.")
+        communicator = group if isinstance(group, Communicator) else cls.wrap(group)
+        if communicator.degree != degree:
+            raise InputError(
+                f"the group has {communicator.degree} ranks and the layout degree {degree}; expected the same. "
+                "Build the layout with the degree of the group that runs it."
+            )
+        return communicator
+
     def subset(self, group_ranks: Sequence[int]) -> Communicator:
         """View some ranks of this group as a group of their own, for point-to-point exchanges.
 
