@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from planner.attention_cost import ATTENTION_METHODS, MethodTime, method_times, why_not
+from planner.attention_pass import HEAD_GROUPS
 from planner.attention_rates import KernelRate, Network
-from planner.attention_steps import HEAD_GROUPS
 from planner.attention_work import AttentionWork
 from planner.errors import PlanError
 
 INTERCHANGEABLE = ("ring", "bidirectional_ring", "token_ring", "all_gather")
-_COLUMNS = ("compute", "communication", "exposed", "total")
+_COLUMNS = ("compute", "communication", "exposed", "host", "total")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +53,10 @@ class MethodDecision:
         width = max(len(time.method) for time in self.times)
         lines = [f"{'seconds':{width}} {'pass':8} " + " ".join(f"{column:>13}" for column in _COLUMNS)]
         for time in self.times:
-            for which, method, total_s, exposed_s, communication_s in (
-                ("forward", self.forward, time.forward_s, time.forward_exposed_s, time.forward_communication_s),
-                ("backward", self.backward, time.backward_s, time.backward_exposed_s, time.backward_communication_s),
+            for which, method, values_s in (
+                ("forward", self.forward, _forward_values_s(time)),
+                ("backward", self.backward, _backward_values_s(time)),
             ):
-                values_s = (total_s - exposed_s, communication_s, exposed_s, total_s)
                 row = " ".join(f"{value_s:13.6f}" for value_s in values_s)
                 chosen = "  <- chosen" if method == time.method else ""
                 lines.append(f"{time.method:{width}} {which:8} {row}{chosen}")
@@ -108,6 +107,16 @@ def choose_methods(
     )
 
 
+def _forward_values_s(time: MethodTime) -> tuple[float, ...]:
+    exposed_s, communication_s = time.forward_exposed_s, time.forward_communication_s
+    return time.forward_compute_s, communication_s, exposed_s, time.forward_host_s, time.forward_s
+
+
+def _backward_values_s(time: MethodTime) -> tuple[float, ...]:
+    exposed_s, communication_s = time.backward_exposed_s, time.backward_communication_s
+    return time.backward_compute_s, communication_s, exposed_s, time.backward_host_s, time.backward_s
+
+
 _Pair = tuple[MethodTime, MethodTime]
 
 
@@ -123,15 +132,40 @@ def _pairs(times: tuple[MethodTime, ...]) -> list[_Pair]:
 def _reason(ranked: list[_Pair], times: tuple[MethodTime, ...]) -> str:
     forward, backward = ranked[0]
     name = forward.method if forward is backward else f"{forward.method} forward and {backward.method} backward"
-    total_s = forward.forward_s + backward.backward_s
-    exposed_s = forward.forward_exposed_s + backward.backward_exposed_s
-    won = f"{name}: {total_s:.4g} s, of which {exposed_s:.4g} s exposed communication"
+    mine = _Shares.of(forward, backward)
+    won = f"{name}: {mine.total_s:.4g} s, of which {mine.exposed_s:.4g} s exposed communication"
+    if mine.waiting_s:
+        won += f" and {mine.waiting_s:.4g} s waiting for the host"
     others = [time for time in times if time is not forward and time is not backward]
     if not others:
         return f"{won}; no other method can run." if forward is backward else f"{won}; each is the faster one there."
     other = min(others, key=lambda time: time.total_s)
-    other_exposed_s = other.forward_exposed_s + other.backward_exposed_s
-    more_exposed_s = other_exposed_s - exposed_s
-    more_compute_s = other.total_s - total_s - more_exposed_s
-    behind = f"next is {other.method} with {other.total_s:.4g} s (+{other.total_s / total_s - 1:.1%}"
-    return f"{won}; {behind}: {more_exposed_s:+.3g} s exposed, {more_compute_s:+.3g} s compute and copies)."
+    theirs = _Shares.of(other, other)
+    behind = f"next is {other.method} with {theirs.total_s:.4g} s (+{theirs.total_s / mine.total_s - 1:.1%}"
+    why = f"{theirs.exposed_s - mine.exposed_s:+.3g} s exposed, {theirs.compute_s - mine.compute_s:+.3g} s compute and copies"
+    if mine.waiting_s or theirs.waiting_s:
+        why += f", {theirs.waiting_s - mine.waiting_s:+.3g} s waiting for the host"
+    return f"{won}; {behind}: {why})."
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """What the time of a forward and a backward is spent on; what is not compute or exposed waits for the host."""
+
+    total_s: float
+    compute_s: float
+    exposed_s: float
+
+    @classmethod
+    def of(cls, forward: MethodTime, backward: MethodTime) -> _Shares:
+        return cls(
+            total_s=forward.forward_s + backward.backward_s,
+            compute_s=forward.forward_compute_s + backward.backward_compute_s,
+            exposed_s=forward.forward_exposed_s + backward.backward_exposed_s,
+        )
+
+    @property
+    def waiting_s(self) -> float:
+        waiting_s = self.total_s - self.compute_s - self.exposed_s
+        # Sums of the same numbers in another order.
+        return waiting_s if waiting_s > 1e-9 * self.total_s else 0.0

@@ -1,7 +1,9 @@
 """How long each method of parallel attention takes on a measured link: `method_times`.
 
 A step takes as long as the slower of its compute (on the slowest rank) and its messages; what messages take beyond
-compute is *exposed*. `planner.attention_choice` picks a method from these times.
+compute is *exposed*. Steps follow each other on the device while the host issues them, one operation after the other,
+ahead of the device as long as it can: a pass takes what the device needs or what the host needs, whichever is more, as in
+a row of passes without a pause. `planner.attention_choice` picks a method from these times.
 """
 
 from __future__ import annotations
@@ -9,18 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from planner.attention_heads import heads_divide, trading_neighbours
+from planner.attention_pass import HEAD_GROUPS, AttentionPass, Step
 from planner.attention_rates import KernelRate, Network
 from planner.attention_shards import Shards
-from planner.attention_steps import (
-    HEAD_GROUPS,
-    METHOD_STEPS,
-    AttentionPass,
-    Step,
-    heads_divide,
-    local_steps,
-    trading_neighbours,
-)
-from planner.attention_work import AttentionWork
+from planner.attention_steps import METHOD_STEPS, local_steps
+from planner.attention_work import AttentionWork, FloatArray
 from planner.errors import PlanError
 
 ATTENTION_METHODS = tuple(METHOD_STEPS)
@@ -35,7 +33,7 @@ class MethodTime:
 
     Attributes:
         method: One of `ATTENTION_METHODS`, or ``"local"`` at degree 1.
-        forward_s: From start to end.
+        forward_s: From one pass to the next: of device and host, what takes longer.
         backward_s: Likewise.
         forward_exposed_s: Part of it in which messages are waited for and nothing is computed.
         backward_exposed_s: Likewise.
@@ -43,6 +41,10 @@ class MethodTime:
         backward_bytes: Likewise.
         forward_communication_s: What the messages take, hidden or not.
         backward_communication_s: Likewise.
+        forward_compute_s: What kernels and copies take.
+        backward_compute_s: Likewise.
+        forward_host_s: What the host takes to issue the pass, on the rank where that is longest.
+        backward_host_s: Likewise.
     """
 
     method: str
@@ -54,6 +56,10 @@ class MethodTime:
     backward_bytes: int
     forward_communication_s: float
     backward_communication_s: float
+    forward_compute_s: float
+    backward_compute_s: float
+    forward_host_s: float
+    backward_host_s: float
 
     @property
     def total_s(self) -> float:
@@ -106,7 +112,7 @@ def method_times(
 
     times = []
     for method in [LOCAL] if work.degree == 1 else runnable:
-        forward, backward = (_timed(steps(method, backward=backward), link) for backward in (False, True))
+        forward, backward = (_timed(steps(method, backward=backward), link, rate) for backward in (False, True))
         times.append(
             MethodTime(
                 method=method,
@@ -118,6 +124,10 @@ def method_times(
                 backward_bytes=backward.num_bytes,
                 forward_communication_s=forward.communication_s,
                 backward_communication_s=backward.communication_s,
+                forward_compute_s=forward.compute_s,
+                backward_compute_s=backward.compute_s,
+                forward_host_s=forward.host_s,
+                backward_host_s=backward.host_s,
             )
         )
     return tuple(times)
@@ -145,18 +155,29 @@ def why_not(method: str, work: AttentionWork) -> str | None:
 @dataclass(frozen=True)
 class _PassTime:
     total_s: float
+    compute_s: float
     exposed_s: float
     communication_s: float
+    host_s: float
     num_bytes: int
 
 
-def _timed(steps: Sequence[Step], network: Network) -> _PassTime:
-    compute_s = [float(step.compute_s.max()) for step in steps]
+def _timed(steps: Sequence[Step], network: Network, rate: KernelRate) -> _PassTime:
+    compute_s = [float(step.load[0].max()) for step in steps]
     messages_s = [network.transfer_s(step.messages) for step in steps]
     exposed_s = sum(max(0.0, moved - computed) for moved, computed in zip(messages_s, compute_s, strict=True))
+    host_s = float(sum(step.load[1] + _takes_part(step.messages) * rate.host.exchange_s for step in steps).max())
     return _PassTime(
-        total_s=sum(compute_s) + exposed_s,
+        total_s=max(sum(compute_s) + exposed_s, host_s),
+        compute_s=sum(compute_s),
         exposed_s=exposed_s,
         communication_s=sum(messages_s),
+        host_s=host_s,
         num_bytes=round(sum(float(step.messages.sum()) for step in steps)),
     )
+
+
+def _takes_part(messages: FloatArray) -> FloatArray:
+    """``[N]``: 1 for a rank that sends or receives, 0 for others."""
+    taking: FloatArray = ((messages.sum(axis=0) > 0) | (messages.sum(axis=1) > 0)).astype(np.float64)
+    return taking

@@ -54,8 +54,33 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostRate:
+    """Time that the host of one rank takes to issue work to its device; all 0 where the device is the host itself.
+
+    Attributes:
+        forward_call_s: A block kernel's forward.
+        backward_call_s: Its backward.
+        exchange_s: Posting what a rank sends and receives at once.
+        row_operation_s: Any other kernel: a merge, a sum, a copy in another order.
+    """
+
+    forward_call_s: float = 0.0
+    backward_call_s: float = 0.0
+    exchange_s: float = 0.0
+    row_operation_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("forward_call_s", "backward_call_s", "exchange_s", "row_operation_s"):
+            as_number(getattr(self, key), key, PlanError)
+
+    def call_s(self, *, backward: bool) -> float:
+        """Return the seconds of issuing one kernel call."""
+        return self.backward_call_s if backward else self.forward_call_s
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelRate:
-    """How fast one rank runs block kernels and copies.
+    """How fast one rank runs block kernels and copies, and how fast its host issues them.
 
     A segment of q queries and k keys runs at ``rate * q/(q+n0) * k/(k+n0)``: as if every segment were padded by n0 rows
     on both sides.
@@ -63,9 +88,10 @@ class KernelRate:
     Attributes:
         forward_flops_per_s: On long segments.
         backward_flops_per_s: On long segments.
-        launch_s: Fixed part of each kernel call.
+        launch_s: Fixed part of each kernel call on the device.
         copy_bytes_per_s: Memory traffic, bytes read and bytes written together.
         efficient_rows: n0, the rows at which a side of a segment reaches half its rate.
+        host: Of the rank's host.
     """
 
     forward_flops_per_s: float
@@ -73,6 +99,7 @@ class KernelRate:
     launch_s: float
     copy_bytes_per_s: float
     efficient_rows: float
+    host: HostRate = HostRate()
 
     def __post_init__(self) -> None:
         for key in ("forward_flops_per_s", "backward_flops_per_s", "copy_bytes_per_s"):

@@ -1,43 +1,26 @@
 """What each method of parallel attention computes and sends, step by step, forward and backward.
 
-A step is what happens at the same time: kernels and copies of every rank, and the messages between them. The steps
-follow the executors; how long their messages take is the network's matter.
+The steps follow the executors; how long their messages take is the network's matter.
 
 Symbols: N degree, Hq, Hk heads, D head size, u neighbours that trade heads in ``ulysses_ring``.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.attention_rates import KernelRate
+from planner.attention_heads import head_groups, trading_neighbours
+from planner.attention_pass import AttentionPass, Step
 from planner.attention_shards import FIRST_CHUNKS, SECOND_CHUNKS, KernelWork, Route, Shards
 from planner.attention_work import AttentionWork, FloatArray, IntArray
 
-HEAD_GROUPS = 1
-# Sums over ranks, the log-sum-exp and delta are fp32, or as wide as the inputs where those are wider.
-SUM_BYTES = 4
-# Read the sum, read the new part, write the sum.
-MERGE_PASSES = 3
 # Read the one, write the other.
 PERMUTE_PASSES = 2
-
-
-@dataclass(frozen=True)
-class Step:
-    """What happens at the same time.
-
-    Attributes:
-        compute_s: ``[N]``, kernels and copies of each rank.
-        messages: ``[N, N]``, bytes from the rank of the row to the rank of the column.
-    """
-
-    compute_s: FloatArray
-    messages: FloatArray
+# Of one tensor that all ranks trade: its parts by rank, the own part, and the order of the rows.
+OPERATIONS_OF_TRADE = 3
 
 
 @dataclass(frozen=True)
@@ -50,91 +33,10 @@ class _Stream:
     part: int | None = None
 
 
-@dataclass(frozen=True)
-class AttentionPass:
-    """The forward or the backward of one call on shards.
-
-    Attributes:
-        shards: Who holds what.
-        num_heads: Hq.
-        num_key_heads: Hk.
-        head_size: D.
-        element_bytes: Of one number of q, k, v.
-        rate: Of every rank.
-        backward: Which of the two.
-        hides_last_return: Half of the work on own rows is kept for the last exchange of a ring, which hides it.
-        head_groups: Groups of key heads that an all-gather moves one after the other.
-    """
-
-    shards: Shards
-    num_heads: int
-    num_key_heads: int
-    head_size: int
-    element_bytes: int
-    rate: KernelRate
-    backward: bool
-    hides_last_return: bool
-    head_groups: int = HEAD_GROUPS
-
-    @property
-    def degree(self) -> int:
-        """Ranks, each with a shard."""
-        return self.shards.degree
-
-    @property
-    def wide_bytes(self) -> int:
-        """Bytes of one number of a sum."""
-        return max(SUM_BYTES, self.element_bytes)
-
-    def idle(self) -> FloatArray:
-        """No seconds, for each rank."""
-        return np.zeros(self.degree)
-
-    def silence(self) -> FloatArray:
-        """No messages."""
-        return np.zeros((self.degree, self.degree))
-
-    def kernel_s(self, work: KernelWork, num_heads: int) -> FloatArray:
-        """Return the seconds of kernel calls on `num_heads` query heads."""
-        pair_s = self.rate.pair_s(self.head_size, backward=self.backward)
-        return work.num_calls * self.rate.launch_s + work.padded_pairs * (num_heads * pair_s)
-
-    def merge_s(self, rows: FloatArray, num_heads: int) -> FloatArray:
-        """Return the seconds of adding rows of `num_heads` heads to a sum."""
-        # With two ranks a row is merged once, and kept in the element type.
-        number_bytes = self.element_bytes if self.degree == 2 else self.wide_bytes
-        return self.rate.copy_s(MERGE_PASSES * rows * (num_heads * self.head_size * number_bytes))
-
-    def row_bytes(self, num_heads: int) -> int:
-        """Bytes of a row of one tensor of `num_heads` heads."""
-        return num_heads * self.head_size * self.element_bytes
-
-
-def head_groups(num_heads: int, num_key_heads: int, num_groups: int) -> list[tuple[int, int]]:
-    """Cut the key heads into nearly equal runs; return the key heads and the query heads of each."""
-    num_groups = min(num_groups, num_key_heads)
-    bounds = [num_key_heads * index // num_groups for index in range(num_groups + 1)]
-    per_key = num_heads // num_key_heads
-    return [(stop - start, (stop - start) * per_key) for start, stop in itertools.pairwise(bounds)]
-
-
-def heads_divide(degree: int, num_heads: int, num_key_heads: int) -> bool:
-    """Say whether each rank can have an equal share of the heads."""
-    return num_heads % degree == 0 and (num_key_heads % degree == 0 or degree % num_key_heads == 0)
-
-
-def trading_neighbours(degree: int, num_heads: int, num_key_heads: int) -> int | None:
-    """Return u, the largest part of a group, smaller than itself, whose ranks can share out the heads; `None`: no."""
-    for factor in range(degree - 1, 1, -1):
-        if degree % factor == 0 and heads_divide(factor, num_heads, num_key_heads):
-            return factor
-    return None
-
-
 def local_steps(call: AttentionPass) -> list[Step]:
     """Steps of a group of one."""
     own = KernelWork(np.array([call.shards.documents]), np.ones(1))
-    return [Step(call.kernel_s(own, call.num_heads), call.silence())]
+    return [Step(call.kernel_load(own, call.num_heads, picks=0), call.silence())]
 
 
 def ring_steps(call: AttentionPass) -> list[Step]:
@@ -169,22 +71,22 @@ def token_ring_steps(call: AttentionPass) -> list[Step]:
     row, statistic = call.row_bytes(call.num_heads), call.num_heads * call.wide_bytes
     # Forward: q out, (out, lse) back. Backward: (q, dout, lse, delta) out, dq back.
     out_bytes, back_bytes = (2 * row + 2 * statistic, row) if call.backward else (row, row + statistic)
-    hop_s = call.kernel_s(call.shards.pairs(), call.num_heads)
-    key_sums_s = call.merge_s(2 * call.shards.keys.needed.T, call.num_key_heads)
+    hops = call.kernel_load(call.shards.pairs(), call.num_heads)
+    key_sums = call.merge_load(2 * call.shards.keys.needed.T, call.num_key_heads)
     steps = []
     for hop in range(degree + 1):
-        messages, compute_s = call.silence(), _own_work_s(call, hop, last_exchange=True)
+        messages, load = call.silence(), _own_load(call, hop, last_exchange=True)
         visitors = route.visitors(hop)
         if hop + 1 < degree:
             _send(messages, visitors, route.visitors(hop + 1), route.outbound[:, hop + 1] * out_bytes)
         if hop >= 2:
             _send(messages, route.visitors(hop - 1), owners, route.touched[:, hop - 1] * back_bytes)
-            compute_s += call.merge_s(route.touched[:, hop - 1], call.num_heads)
+            load += call.merge_load(route.touched[:, hop - 1], call.num_heads, num_operations=1)
         if 0 < hop < degree:
-            compute_s[visitors] += hop_s[owners, visitors]
+            load[:, visitors] += hops[:, owners, visitors]
             if call.backward:
-                compute_s[visitors] += key_sums_s[owners, visitors]
-        steps.append(Step(compute_s, messages))
+                load[:, visitors] += key_sums[:, owners, visitors]
+        steps.append(Step(load, messages))
     return steps
 
 
@@ -194,31 +96,41 @@ def all_gather_steps(call: AttentionPass) -> list[Step]:
     needed = call.shards.keys.needed
     # Keys and values are picked in the order of the call; in the backward their gradients are put back.
     rows = PERMUTE_PASSES * (needed.sum(axis=0) + call.shards.key_rows)
-    picked_s = [
-        call.rate.copy_s(2 * rows * call.row_bytes(key_heads) * (2 if call.backward else 1)) for key_heads, _ in groups
+    picked = [
+        call.copy_load(2 * rows * call.row_bytes(key_heads) * (2 if call.backward else 1), num_operations=0)
+        for key_heads, _ in groups
     ]
     gathers = [needed * (2 * call.row_bytes(key_heads)) for key_heads, _ in groups]
     work = call.shards.gathered()
     gathers_then_silence = [*gathers[1:], call.silence()]
     steps = [Step(call.idle(), gathers[0])]
+
+    def kernel(num_heads: int) -> FloatArray:
+        # Keys and values are picked in one operation, and put back in one.
+        return call.kernel_load(work, num_heads, picks=2 if call.backward else 1)
+
     if not call.backward:
-        kernels = (call.kernel_s(work, heads) + picked for (_, heads), picked in zip(groups, picked_s, strict=True))
+        kernels = (kernel(heads) + copies for (_, heads), copies in zip(groups, picked, strict=True))
         return steps + [Step(*both) for both in zip(kernels, gathers_then_silence, strict=True)]
     widening = call.wide_bytes / call.element_bytes
-    returned_s = [call.merge_s(2 * needed.sum(axis=1), key_heads) for key_heads, _ in groups]
+    # Both sums of each other rank, and widening them.
+    operations = 2 * call.degree
+    returned = [
+        call.merge_load(2 * needed.sum(axis=1), key_heads, num_operations=operations) for key_heads, _ in groups
+    ]
     for index, (_, heads) in enumerate(groups):
-        compute_s, messages = call.kernel_s(work, heads) + picked_s[index], gathers_then_silence[index]
+        load, messages = kernel(heads) + picked[index], gathers_then_silence[index]
         if index:
-            compute_s, messages = compute_s + returned_s[index - 1], messages + gathers[index - 1].T * widening
-        steps.append(Step(compute_s, messages))
-    return [*steps, Step(call.idle(), gathers[-1].T * widening), Step(returned_s[-1], call.silence())]
+            load, messages = load + returned[index - 1], messages + gathers[index - 1].T * widening
+        steps.append(Step(load, messages))
+    return [*steps, Step(call.idle(), gathers[-1].T * widening), Step(returned[-1], call.silence())]
 
 
 def ulysses_steps(call: AttentionPass) -> list[Step]:
     """Steps of trading tokens for heads, whole documents on a share of the heads, and trading back."""
     degree = call.degree
     own = KernelWork(np.full(degree, call.shards.documents), np.ones(degree))
-    kernel = Step(call.kernel_s(own, call.num_heads // degree), call.silence())
+    kernel = Step(call.kernel_load(own, call.num_heads // degree, picks=0), call.silence())
     return _between_trades(call, degree, [kernel])
 
 
@@ -252,12 +164,12 @@ def _key_ring_steps(call: AttentionPass, streams: list[_Stream]) -> list[Step]:
     straight_home = call.shards.window is not None
     is_single = degree == 2 and call.shards.num_documents == 1 and not straight_home
     sum_bytes = call.element_bytes if is_single else call.wide_bytes
-    hops_s = [call.kernel_s(call.shards.pairs(stream.part), stream.num_heads) for stream in streams]
+    hops = [call.kernel_load(call.shards.pairs(stream.part), stream.num_heads) for stream in streams]
     touched_queries = call.shards.queries.needed
     steps = []
     for hop in range(degree + 1 if call.backward else degree):
-        messages, compute_s = call.silence(), _own_work_s(call, hop, last_exchange=call.backward)
-        for stream, hop_s in zip(streams, hops_s, strict=True):
+        messages, load = call.silence(), _own_load(call, hop, last_exchange=call.backward)
+        for stream, kernels in zip(streams, hops, strict=True):
             route, row = stream.route, 2 * stream.num_key_heads * call.head_size
             visitors = route.visitors(hop)
             if hop + 1 < degree:
@@ -267,12 +179,12 @@ def _key_ring_steps(call: AttentionPass, streams: list[_Stream]) -> list[Step]:
                 rows = (route.touched if straight_home else route.collected)[:, hop - 1]
                 targets = owners if straight_home else visitors
                 _send(messages, route.visitors(hop - 1), targets, rows * (row * sum_bytes))
-                compute_s[targets] += call.merge_s(2 * rows, stream.num_key_heads)
+                load[:, targets] += call.merge_load(2 * rows, stream.num_key_heads, num_operations=2)
             if 0 < hop < degree:
-                compute_s[visitors] += hop_s[visitors, owners]
-                rows = np.where(hop_s > 0, touched_queries, 0.0)[visitors, owners]
-                compute_s[visitors] += call.merge_s(rows, stream.num_heads)
-        steps.append(Step(compute_s, messages))
+                load[:, visitors] += kernels[:, visitors, owners]
+                rows = np.where(kernels[0] > 0, touched_queries, 0.0)[visitors, owners]
+                load[:, visitors] += call.merge_load(rows, stream.num_heads)
+        steps.append(Step(load, messages))
     return steps
 
 
@@ -280,11 +192,11 @@ def _at_every_place(step: Step, factor: int) -> Step:
     """A step among groups of `factor` neighbours: ranks at the same place in their groups exchange messages."""
     same_place: FloatArray = np.eye(factor)
     messages: FloatArray = np.kron(step.messages, same_place).astype(np.float64)
-    return Step(np.repeat(step.compute_s, factor), messages)
+    return Step(np.repeat(step.load, factor, axis=1), messages)
 
 
-def _own_work_s(call: AttentionPass, hop: int, *, last_exchange: bool) -> FloatArray:
-    """Seconds of each rank's own rows: all at hop 0, or half there and half at the last exchange, hop N."""
+def _own_load(call: AttentionPass, hop: int, *, last_exchange: bool) -> FloatArray:
+    """Load of each rank's own rows: all at hop 0, or half there and half at the last exchange, hop N."""
     if hop not in (0, call.degree):
         return call.idle()
     first, *last = head_groups(call.num_heads, call.num_key_heads, 2)
@@ -292,7 +204,7 @@ def _own_work_s(call: AttentionPass, hop: int, *, last_exchange: bool) -> FloatA
         first, last = (call.num_key_heads, call.num_heads), []
     work = call.shards.pairs()
     own = KernelWork(np.diag(work.padded_pairs), np.diag(work.num_calls))
-    return sum((call.kernel_s(own, heads) for _, heads in ([first] if hop == 0 else last)), call.idle())
+    return sum((call.kernel_load(own, heads) for _, heads in ([first] if hop == 0 else last)), call.idle())
 
 
 def _between_trades(call: AttentionPass, factor: int, inner: list[Step]) -> list[Step]:
@@ -304,14 +216,15 @@ def _between_trades(call: AttentionPass, factor: int, inner: list[Step]) -> list
     ranks = np.arange(call.degree)
     neighbours = (ranks[:, None] // factor == ranks // factor) & (ranks[:, None] != ranks)
 
-    def steps(local_bytes: FloatArray, *, home: bool) -> list[Step]:
+    def steps(tensors: list[FloatArray], *, home: bool) -> list[Step]:
+        # All tensors travel in one exchange.
+        local_bytes: FloatArray = np.sum(tensors, axis=0)
         messages: FloatArray = np.where(neighbours, local_bytes[:, None] / factor, 0.0).astype(np.float64)
-        copy = Step(call.rate.copy_s(PERMUTE_PASSES * local_bytes), call.silence())
+        operations = OPERATIONS_OF_TRADE * len(tensors)
+        copy = Step(call.copy_load(PERMUTE_PASSES * local_bytes, num_operations=operations), call.silence())
         return [copy, Step(call.idle(), messages.T if home else messages)]
 
-    to_heads = [step for local_bytes in before for step in steps(local_bytes, home=False)]
-    to_tokens = [step for local_bytes in after for step in steps(local_bytes, home=True)]
-    return [*to_heads, *inner, *to_tokens]
+    return [*steps(before, home=False), *inner, *steps(after, home=True)]
 
 
 def _send(messages: FloatArray, sources: IntArray, targets: IntArray, num_bytes: FloatArray) -> None:

@@ -1,17 +1,19 @@
 """Which method runs, and how: by name, or by predicting the times of all on the measured links of the group.
 
-``auto`` asks ``planner.choose_methods`` with the bandwidth and latency of this very group and the rate of its kernel on
-this device, forward and backward apart. Ring, bidirectional ring, TokenRing and all-gather save the same tensors, so
-the backward may run another of them than the forward. Every rank of a group decides from the same numbers.
+``auto`` asks ``planner.choose_methods`` with the bandwidth and latency of this very group, the rate of its kernel on this
+device and the time that the host takes to issue it all, forward and backward apart. Ring, bidirectional ring, TokenRing
+and all-gather save the same tensors, so the backward may run another of them than the forward. Every rank of a group
+decides from the same numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from planner import AttentionWork, KernelRate, Link, MethodDecision, choose_methods
+from planner.attention_rates import HostRate
 from raysp.attention.kernels import Kernel
 from raysp.attention.methods.all_gather import AllGather
 from raysp.attention.methods.call import Method
@@ -44,8 +46,8 @@ class Tuning:
     head_groups: int = 1
 
 
-# More kernel calls hide more communication. They cost time on the host that the prediction does not count, so the
-# second must be predicted to be clearly faster.
+# More kernel calls hide more communication. Each also ends with part of the device idle, which the prediction does not
+# count, so the second must be predicted to be clearly faster.
 _TUNINGS = (Tuning(), Tuning(hides_last_return=True, head_groups=4))
 _CLEARLY_FASTER = 0.9
 
@@ -129,6 +131,7 @@ def choose(
         )
         link = measure_link(group, device=device)
         rate = _kernel_rate(group, kernel, device=device, dtype=dtype, head_size=head_size)
+        rate = replace(rate, host=replace(rate.host, exchange_s=link.host_s))
         network = Link(bandwidth_bytes_per_s=link.bandwidth_bytes_per_s, latency_s=link.latency_s)
         decisions = [
             choose_methods(
@@ -178,6 +181,9 @@ def _kernel_rate(
                 rate.launch_s,
                 1 / rate.copy_bytes_per_s,
                 rate.efficient_rows,
+                rate.host.forward_call_s,
+                rate.host.backward_call_s,
+                rate.host.row_operation_s,
             ],
             group,
             device=device,
@@ -188,6 +194,7 @@ def _kernel_rate(
             launch_s=slowest[2],
             copy_bytes_per_s=1 / slowest[3],
             efficient_rows=slowest[4],
+            host=HostRate(forward_call_s=slowest[5], backward_call_s=slowest[6], row_operation_s=slowest[7]),
         )
     found: KernelRate = group.measurements[key]
     return found

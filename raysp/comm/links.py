@@ -35,10 +35,12 @@ class LinkMeasurement:
     Attributes:
         bandwidth_bytes_per_s: Per rank and direction.
         latency_s: Of a message of a few bytes.
+        host_s: What it takes to post an exchange to a device and order a stream after it; 0 where the host itself waits.
     """
 
     bandwidth_bytes_per_s: float
     latency_s: float
+    host_s: float = 0.0
 
     def exchange_time_s(self, num_bytes: float) -> float:
         """Predict the time of an exchange that carries ``num_bytes`` each way."""
@@ -129,19 +131,19 @@ def measure_pairs(
     """
     ring = _Ring(communicator, device)
     chosen = ring_pairs(communicator.degree) if pairs is None else tuple(pairs)
-    values = [0.0] * (2 * len(chosen))
+    values = [0.0] * (3 * len(chosen))
     for indices in rounds_of_pairs(chosen, nodes):
         for index in indices:
             if communicator.group_rank in chosen[index]:
                 link = _Ring(communicator.subset(chosen[index]), device).measure(num_bytes, budget_s)
-                values[2 * index : 2 * index + 2] = link.bandwidth_bytes_per_s, link.latency_s
+                values[3 * index : 3 * index + 3] = link.bandwidth_bytes_per_s, link.latency_s, link.host_s
         # Nobody begins the next round while this one goes on.
         ring.largest([0.0])
     agreed = ring.largest(values)
     return tuple(
         PairMeasurement(
             (communicator.ranks[first], communicator.ranks[second]),
-            LinkMeasurement(bandwidth_bytes_per_s=agreed[2 * index], latency_s=agreed[2 * index + 1]),
+            LinkMeasurement(*agreed[3 * index : 3 * index + 3]),
         )
         for index, (first, second) in enumerate(chosen)
     )
@@ -204,7 +206,22 @@ class _Ring:
         size = max(_PROBE_BYTES, min(wanted, int(budget_s / 2 / s_per_byte)))
         large_s = self._least_s(size, budget_s, repeats=1)
         # On a noisy machine a small message may take longer than it ought to.
-        return LinkMeasurement(size / max(large_s - latency_s, large_s / 2), latency_s)
+        return LinkMeasurement(size / max(large_s - latency_s, large_s / 2), latency_s, self._host_s())
+
+    def _host_s(self) -> float:
+        """Of several exchanges with one message each way, the least time until the host goes on; the slowest rank's."""
+        if self._device.type != "cuda":
+            return 0.0
+        sent = torch.zeros(_SMALL_BYTES, dtype=torch.uint8, device=self._device)
+        received = torch.zeros_like(sent)
+        times_s = []
+        for _ in range(_SMALL_REPEATS):
+            self._synchronize()
+            start_s = time.perf_counter()
+            self._hop(sent, received)
+            times_s.append(time.perf_counter() - start_s)
+        self._synchronize()
+        return self.largest([min(times_s)])[0]
 
     def largest(self, values: Sequence[float]) -> list[float]:
         """The largest of every rank's values, place by place; the same on all ranks, once all have come."""

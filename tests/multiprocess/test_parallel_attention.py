@@ -14,7 +14,7 @@ import torch
 from attention_ranks import Case
 from gloo_pool import GlooPool
 
-from planner.attention_steps import heads_divide
+from planner.attention_heads import heads_divide
 
 METHODS = ("ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses", "ulysses_ring", "rsa")
 # Each moves one shard's worth of rows around, without all-to-alls.

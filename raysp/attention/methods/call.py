@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from planner.attention_steps import head_groups as head_group_sizes
+from planner.attention_heads import head_groups as head_group_sizes
 from raysp.attention.blocks import Block, Rows
 from raysp.attention.kernels import Kernel
 from raysp.attention.merge import ALL_HEADS, GradientSums, PartialResult

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planner.attention_steps import heads_divide, trading_neighbours
+from planner.attention_heads import heads_divide, trading_neighbours
 from raysp.attention.layout import SequenceLayout
 from raysp.attention.merge import accumulation_dtype
 from raysp.attention.methods.call import AttentionCall, Method, Saved

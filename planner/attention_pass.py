@@ -1,0 +1,116 @@
+"""One pass of parallel attention and the load that its kernels and copies are: `AttentionPass`, and what a `Step` is.
+
+A *load* is an array ``[2, ...]`` of seconds: of the device, and of the host that issues its work.
+
+Symbols: N degree, Hq, Hk heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.attention_rates import KernelRate
+from planner.attention_shards import KernelWork, Shards
+from planner.attention_work import FloatArray
+
+HEAD_GROUPS = 1
+# Sums over ranks, the log-sum-exp and delta are fp32, or as wide as the inputs where those are wider.
+SUM_BYTES = 4
+# Read the sum, read the new part, write the sum.
+MERGE_PASSES = 3
+# Operations beside a kernel call where its keys do not lie in its order: keys and values are picked; in the backward their
+# gradients are also put back.
+PICKS_OF_CALL = {False: 2, True: 3}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens at the same time.
+
+    Attributes:
+        load: ``[2, N]``, kernels and copies of each rank; the host's time for messages is not in it.
+        messages: ``[N, N]``, bytes from the rank of the row to the rank of the column.
+    """
+
+    load: FloatArray
+    messages: FloatArray
+
+
+@dataclass(frozen=True)
+class AttentionPass:
+    """The forward or the backward of one call on shards.
+
+    Attributes:
+        shards: Who holds what.
+        num_heads: Hq.
+        num_key_heads: Hk.
+        head_size: D.
+        element_bytes: Of one number of q, k, v.
+        rate: Of every rank.
+        backward: Which of the two.
+        hides_last_return: Half of the work on own rows is kept for the last exchange of a ring, which hides it.
+        head_groups: Groups of key heads that an all-gather moves one after the other.
+    """
+
+    shards: Shards
+    num_heads: int
+    num_key_heads: int
+    head_size: int
+    element_bytes: int
+    rate: KernelRate
+    backward: bool
+    hides_last_return: bool
+    head_groups: int = HEAD_GROUPS
+
+    @property
+    def degree(self) -> int:
+        """Ranks, each with a shard."""
+        return self.shards.degree
+
+    @property
+    def wide_bytes(self) -> int:
+        """Bytes of one number of a sum."""
+        return max(SUM_BYTES, self.element_bytes)
+
+    def idle(self) -> FloatArray:
+        """No load, for each rank."""
+        return np.zeros((2, self.degree))
+
+    def silence(self) -> FloatArray:
+        """No messages."""
+        return np.zeros((self.degree, self.degree))
+
+    def kernel_load(self, work: KernelWork, num_heads: int, *, picks: int | None = None) -> FloatArray:
+        """Return the load of kernel calls on `num_heads` query heads, and of adding up what they give.
+
+        Args:
+            work: The calls.
+            num_heads: Query heads.
+            picks: Operations that bring keys into the order of a call; `None`: those of packed documents.
+        """
+        pair_s = self.rate.pair_s(self.head_size, backward=self.backward)
+        device_s = work.num_calls * self.rate.launch_s + work.padded_pairs * (num_heads * pair_s)
+        if picks is None:
+            picks = PICKS_OF_CALL[self.backward] if self.shards.num_documents > 1 else 0
+        # A result is merged; of gradients there are three.
+        operations = picks + (3 if self.backward else 1)
+        call_s = self.rate.host.call_s(backward=self.backward) + operations * self.rate.host.row_operation_s
+        return np.stack([device_s, work.num_calls * call_s])
+
+    def merge_load(self, rows: FloatArray, num_heads: int, *, num_operations: int = 0) -> FloatArray:
+        """Return the load of adding rows of `num_heads` heads to a sum, in operations not counted with a kernel call."""
+        # With two ranks a row is merged once, and kept in the element type.
+        number_bytes = self.element_bytes if self.degree == 2 else self.wide_bytes
+        num_bytes = MERGE_PASSES * rows * (num_heads * self.head_size * number_bytes)
+        return self.copy_load(num_bytes, num_operations=num_operations)
+
+    def copy_load(self, num_bytes: FloatArray, *, num_operations: int) -> FloatArray:
+        """Return the load of reading and writing `num_bytes` in all."""
+        host_s = np.where(num_bytes > 0, num_operations * self.rate.host.row_operation_s, 0.0)
+        return np.stack([self.rate.copy_s(num_bytes), host_s])
+
+    def row_bytes(self, num_heads: int) -> int:
+        """Bytes of a row of one tensor of `num_heads` heads."""
+        return num_heads * self.head_size * self.element_bytes
