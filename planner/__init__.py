@@ -35,6 +35,11 @@ from planner.length_distribution import LengthDistribution, split_lengths
 from planner.length_drift import DriftDetector, LengthDrift, compare_lengths
 from planner.length_profile import LengthBucket, LengthProfile, TailShare, read_lengths
 from planner.length_sketch import LengthSketch
+from planner.linear_attention_bytes import LINEAR_METHODS, linear_method_bytes
+from planner.linear_attention_choice import LinearMethodDecision, choose_linear_method
+from planner.linear_attention_cost import LinearMethodTime, LocalPass, linear_method_times
+from planner.linear_attention_layers import LayerMix, state_exchange_table, with_linear_layers
+from planner.linear_attention_work import LinearAttentionShape, LinearAttentionWork
 from planner.long_sequences import LongSequence
 from planner.lookahead import Planned, PlanService, PlanServiceError
 from planner.method_cost import MethodCost, RecomputePolicy
@@ -59,6 +64,7 @@ from planner.what_if import WhatIf
 
 __all__ = [
     "ATTENTION_METHODS",
+    "LINEAR_METHODS",
     "AttentionWork",
     "Bucket",
     "Bucketing",
@@ -73,13 +79,19 @@ __all__ = [
     "GroupPlan",
     "InfeasibleError",
     "KernelRate",
+    "LayerMix",
     "LengthBucket",
     "LengthDistribution",
     "LengthDrift",
     "LengthProfile",
     "LengthSketch",
     "LengthsError",
+    "LinearAttentionShape",
+    "LinearAttentionWork",
+    "LinearMethodDecision",
+    "LinearMethodTime",
     "Link",
+    "LocalPass",
     "LongSequence",
     "MarginalValue",
     "MethodCost",
@@ -109,6 +121,7 @@ __all__ = [
     "Topology",
     "WhatIf",
     "bucket_lengths",
+    "choose_linear_method",
     "choose_methods",
     "compare_lengths",
     "draw_batches",
@@ -116,6 +129,8 @@ __all__ = [
     "fit_cost_model",
     "flexsp_plan",
     "full_mesh_topology",
+    "linear_method_bytes",
+    "linear_method_times",
     "list_distributions",
     "list_presets",
     "load_distribution",
@@ -131,7 +146,9 @@ __all__ = [
     "simulate",
     "simulate_attention",
     "split_lengths",
+    "state_exchange_table",
     "switch_topology",
     "validate_plan",
+    "with_linear_layers",
     "write_samples",
 ]

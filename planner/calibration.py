@@ -2,7 +2,8 @@
 
 First ``a1, a2, b1`` (and seconds per sequence, where they explain clearly more) from groups of degree 1; then, from what
 the other groups take beyond that compute time, the communication constants of every method, one for every measured
-degree inside a node and between nodes, and ``b2``; last the factors of recompute policies. The least squares are in
+degree inside a node and between nodes, and ``b2``; last the factors of recompute policies. Of models with linear layers
+(`planner.linear_attention_layers`) also the seconds of their states, by degree. The least squares are in
 `planner.calibration_fits`, samples and their files in `planner.samples`.
 """
 
@@ -15,10 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from planner.calibration_fits import fit_local, fit_memory, fit_method, fit_recompute
+from planner.calibration_fits import (
+    LocalFit,
+    StateExchange,
+    fit_exchanges,
+    fit_local,
+    fit_memory,
+    fit_method,
+    fit_recompute,
+)
 from planner.cost_model import CostModel
 from planner.errors import CalibrationError
 from planner.group_kind import GroupKind
+from planner.linear_attention_layers import LayerMix
 from planner.method_cost import DEFAULT_RECOMPUTE, MethodCost
 from planner.samples import Sample, check_sample
 
@@ -72,6 +82,7 @@ def fit_cost_model(
     gpus_per_node: int | None = None,
     unsharded_state_bytes: float | None = None,
     half_length_tokens: float = 0.0,
+    layers: LayerMix | None = None,
 ) -> CalibrationFit:
     """Fit the constants of a `CostModel` to measured groups.
 
@@ -96,6 +107,9 @@ def fit_cost_model(
         unsharded_state_bytes: See `CostModel`; `None`: unknown.
         half_length_tokens: Known from the attention kernel alone; groups do not show it, see
             `planner.calibration_fits.fit_local`.
+        layers: How many layers are linear attention; `None`: all are softmax attention. Without softmax layers a1 is 0
+            and no attention method limits degrees; where state scans run, a degree's samples also give the seconds of
+            its states, whatever the lengths.
 
     Returns:
         The model with its residuals.
@@ -106,12 +120,12 @@ def fit_cost_model(
     _check(samples, num_ranks)
     named = [dataclasses.replace(sample, attention=sample.attention or attention) for sample in samples]
     default = [sample for sample in named if sample.recompute == DEFAULT_RECOMPUTE]
-    local = fit_local([sample for sample in default if sample.degree == 1], half_length_tokens)
+    mix = LayerMix(num_softmax_layers=1) if layers is None else layers
+    is_quadratic = mix.num_softmax_layers > 0
+    alone = [sample for sample in default if sample.degree == 1]
+    local = fit_local(alone, half_length_tokens if is_quadratic else 0.0, is_quadratic=is_quadratic)
     shared = [sample for sample in default if sample.degree > 1]
-    methods = {
-        method: fit_method([sample for sample in shared if sample.attention == method], local, method)
-        for method in sorted({sample.attention or "" for sample in shared})
-    }
+    methods, states = _fit_shared(shared, local, mix)
     fixed_bytes = model_state_bytes_fixed
     known_bytes = model_state_bytes_total / num_ranks
     if bytes_per_token is None:
@@ -121,7 +135,9 @@ def fit_cost_model(
     for policy_name in sorted({sample.recompute for sample in named} - {DEFAULT_RECOMPUTE}):
         ran = [sample for sample in named if sample.recompute == policy_name]
         _check_methods_known(ran, methods, policy_name)
-        policy, extra_bytes = fit_recompute(ran, local, list(methods.values()), known_bytes + fixed_bytes, policy_name)
+        policy, extra_bytes = fit_recompute(
+            ran, local, list(methods.values()), known_bytes + fixed_bytes, policy_name, states
+        )
         policies.append(policy)
         fixed_bytes += extra_bytes
     constants: dict[str, Any] = {
@@ -139,6 +155,7 @@ def fit_cost_model(
         "gpus_per_node": gpus_per_node,
         "unsharded_state_bytes": unsharded_state_bytes,
         "recompute_policies": tuple(policies),
+        **_layer_constants(mix, local, methods, states, attention),
     }
     residuals = _residuals(CostModel(**constants), samples)
     errors = np.asarray([abs(residual.relative_error) for residual in residuals])
@@ -157,8 +174,9 @@ def fit_cost_model(
         "max_relative_error": worst,
         "r2": r2,
     }
-    model = CostModel(**constants, metadata={**(metadata or {}), "fit": summary})
-    return CalibrationFit(model, residuals, mean, worst, r2, _notes(constants, shared))
+    told = {} if layers is None else {"layers": layers.to_content()}
+    model = CostModel(**constants, metadata={**(metadata or {}), **told, "fit": summary})
+    return CalibrationFit(model, residuals, mean, worst, r2, _notes(constants, shared, mix))
 
 
 def _check(samples: Sequence[Sample], num_ranks: int) -> None:
@@ -182,6 +200,48 @@ def _check_methods_known(samples: Sequence[Sample], methods: Mapping[str, Method
                 f"samples with recompute {policy!r} ran {sample.attention} at degree {sample.degree}, but none with the "
                 f"default policy did; expected both. Measure {sample.attention} with the default policy too."
             )
+
+
+def _fit_shared(
+    samples: Sequence[Sample], local: LocalFit, layers: LayerMix
+) -> tuple[dict[str, MethodCost], StateExchange]:
+    if layers.exchanges_states:
+        return fit_exchanges(samples, local, moves_rows=layers.exchanges_rows)
+    names = sorted({sample.attention or "" for sample in samples})
+    methods = {name: fit_method([x for x in samples if x.attention == name], local, name) for name in names}
+    return methods, StateExchange()
+
+
+def _layer_constants(
+    layers: LayerMix, local: LocalFit, methods: Mapping[str, MethodCost], states: StateExchange, primary: str
+) -> dict[str, Any]:
+    """Return the constants that a model with linear layers changes: those of softmax layers, as if all layers were."""
+    if not layers.num_linear_layers:
+        return {}
+    changed: dict[str, Any] = {
+        "softmax_layer_share": layers.scaling_share,
+        "state_exchange_by_degree_s": states.inside,
+        "state_exchange_between_nodes_s": states.between,
+    }
+    if layers.num_softmax_layers == 0 and layers.exchanges_states:
+        # No attention method runs, so no number of its heads limits a degree.
+        changed |= {"num_heads": None, "num_kv_heads": None}
+    if layers.scaling_share in (0.0, 1.0):
+        return changed
+    scaled = {name: _divided(method, layers.scaling_share) for name, method in methods.items()}
+    return {
+        **changed,
+        **_method_constants(scaled, primary),
+        "a1_s_per_token2": local.a1_s_per_token2 / layers.scaling_share,
+    }
+
+
+def _divided(method: MethodCost, share: float) -> MethodCost:
+    inside, between = (
+        tuple((degree, seconds / share) for degree, seconds in table)
+        for table in (method.communication_s, method.between_nodes_s)
+    )
+    return dataclasses.replace(method, communication_s=inside, between_nodes_s=between)
 
 
 def _method_constants(methods: Mapping[str, MethodCost], primary: str) -> dict[str, Any]:
@@ -219,9 +279,9 @@ def _r2(residuals: Sequence[SampleResidual]) -> float:
     return 1 - float(np.sum(missed**2)) / spread if spread > 0 else 1.0
 
 
-def _notes(constants: Mapping[str, Any], shared: Sequence[Sample]) -> tuple[str, ...]:
+def _notes(constants: Mapping[str, Any], shared: Sequence[Sample], layers: LayerMix) -> tuple[str, ...]:
     notes = []
-    if constants["a1_s_per_token2"] == 0:
+    if constants["a1_s_per_token2"] == 0 and layers.num_softmax_layers:
         notes.append("no quadratic part was found: measure longer sequences at degree 1")
     if not shared:
         notes.append("no sample has a degree above 1: communication counts as free")

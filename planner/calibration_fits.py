@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.errors import CalibrationError
-from planner.method_cost import MethodCost, RecomputePolicy, Table, listed_s
+from planner.method_cost import MethodCost, RecomputePolicy, Table, link_s, listed_s
 from planner.nnls import nonnegative_least_squares
 from planner.samples import Sample
 
@@ -45,11 +45,11 @@ class LocalFit(NamedTuple):
         return self.per_sequence_s * len(sample.lengths) + self.b1_s
 
 
-def fit_local(samples: Sequence[Sample], half_length_tokens: float) -> LocalFit:
+def fit_local(samples: Sequence[Sample], half_length_tokens: float, *, is_quadratic: bool = True) -> LocalFit:
     """Fit ``a1, a2, b1`` and, where it explains clearly more, `per_sequence_s` to groups of degree 1.
 
     `half_length_tokens` is not fitted: at degree 1 it is part of a2, and at the others it cannot be told from
-    communication constants that grow with the degree.
+    communication constants that grow with the degree. Without `is_quadratic` ``a1`` is 0: no layer has softmax.
     """
     rows = np.asarray(
         [
@@ -59,19 +59,21 @@ def fit_local(samples: Sequence[Sample], half_length_tokens: float) -> LocalFit:
         dtype=np.float64,
     )
     rows /= np.asarray([x.time_s for x in samples])[:, None]
+    if not is_quadratic:
+        rows = rows[:, 1:]
     ones = np.ones(len(samples))
-    simple = nonnegative_least_squares(rows[:, :3], ones)
-    a1, a2, b1 = simple
+    simple = nonnegative_least_squares(rows[:, :-1], ones)
+    *a1, a2, b1 = simple
     per_sequence_s = 0.0
     spare = len(samples) - rows.shape[1]
     scaled = rows / np.linalg.norm(rows, axis=0)
     if spare > 0 and np.linalg.matrix_rank(scaled, tol=1e-6) == rows.shape[1]:
         full = nonnegative_least_squares(rows, ones)
-        before = float(np.linalg.norm(rows[:, :3] @ simple - ones)) / (spare + 1) ** 0.5
+        before = float(np.linalg.norm(rows[:, :-1] @ simple - ones)) / (spare + 1) ** 0.5
         after = float(np.linalg.norm(rows @ full - ones)) / spare**0.5
         if before > _ROUNDING and after <= (1 - _CLEARLY_LOWER) * before:
-            a1, a2, b1, per_sequence_s = full
-    return LocalFit(float(a1), float(a2), float(b1), float(per_sequence_s), half_length_tokens)
+            *a1, a2, b1, per_sequence_s = full
+    return LocalFit(float(sum(a1)), float(a2), float(b1), float(per_sequence_s), half_length_tokens)
 
 
 def fit_method(samples: Sequence[Sample], local: LocalFit, name: str) -> MethodCost:
@@ -95,6 +97,57 @@ def fit_method(samples: Sequence[Sample], local: LocalFit, name: str) -> MethodC
     return MethodCost(name=name, communication_s=inside, between_nodes_s=_raised(between, inside), fixed_s=solution[-1])
 
 
+class StateExchange(NamedTuple):
+    """Seconds per micro-batch that the states of linear layers take, by degree: see `planner.cost_constants`."""
+
+    inside: Table = ()
+    between: Table = ()
+
+    def time_s(self, sample: Sample) -> float:
+        """Seconds of a sample."""
+        return link_s(self.inside, self.between, sample.degree, sample.spans_nodes, None)
+
+
+def fit_exchanges(
+    samples: Sequence[Sample], local: LocalFit, *, moves_rows: bool
+) -> tuple[dict[str, MethodCost], StateExchange]:
+    """Fit the methods and the state exchange of a model with linear layers to groups of degree above 1, all together.
+
+    For each degree, inside a node and between nodes, a constant per token of each method, as in `fit_method`, and one per
+    micro-batch, which all methods share: states are as large whatever the length. A sample of a degree should come with
+    another of other tokens, or the two cannot be told apart.
+
+    Args:
+        samples: Of all methods.
+        local: Compute constants.
+        moves_rows: Whether anything moves in proportion to the tokens; if not, methods cost nothing.
+    """
+    names = sorted({sample.attention or "" for sample in samples})
+    links = sorted({(sample.spans_nodes, sample.degree) for sample in samples})
+    # Listed even where they cost nothing: tables say which degrees were measured.
+    of_method = sorted({(sample.attention or "", sample.spans_nodes, sample.degree) for sample in samples})
+    rows = np.zeros((len(samples), len(of_method) + len(links)))
+    beyond = np.zeros(len(samples))
+    for row, sample in enumerate(samples):
+        link = (sample.spans_nodes, sample.degree)
+        if moves_rows:
+            column = of_method.index((sample.attention or "", *link))
+            rows[row, column] = sum(sample.lengths) / sample.degree / sample.time_s
+        rows[row, len(of_method) + links.index(link)] = 1 / sample.time_s
+        beyond[row] = (sample.time_s - local.compute_s(sample) - local.other_s(sample)) / sample.time_s
+    solution = [float(value) for value in nonnegative_least_squares(rows, beyond)]
+    fitted = list(zip(of_method, solution, strict=False))
+    methods = {}
+    for name in names:
+        inside = tuple((d, s) for (method, spans, d), s in fitted if method == name and not spans)
+        between = tuple((d, s) for (method, spans, d), s in fitted if method == name and spans)
+        methods[name] = MethodCost(name=name, communication_s=inside, between_nodes_s=_raised(between, inside))
+    states = list(zip(links, solution[len(of_method) :], strict=True))
+    inside = tuple((degree, seconds) for (spans, degree), seconds in states if not spans)
+    between = tuple((degree, seconds) for (spans, degree), seconds in states if spans)
+    return methods, StateExchange(inside, _raised(between, inside))
+
+
 def fit_memory(samples: Sequence[Sample], known_bytes: float) -> tuple[float, float]:
     """Fit bytes per token and the bytes of every rank beyond `known_bytes`, so that no sample is underestimated."""
     measured = [(sum(x.lengths) / x.degree, x.memory_bytes) for x in samples if x.memory_bytes is not None]
@@ -116,7 +169,12 @@ def fit_memory(samples: Sequence[Sample], known_bytes: float) -> tuple[float, fl
 
 
 def fit_recompute(
-    samples: Sequence[Sample], local: LocalFit, methods: Sequence[MethodCost], known_bytes: float, name: str
+    samples: Sequence[Sample],
+    local: LocalFit,
+    methods: Sequence[MethodCost],
+    known_bytes: float,
+    name: str,
+    states: StateExchange,
 ) -> tuple[RecomputePolicy, float]:
     """Fit a recompute policy's factors and bytes per token to the samples that ran it.
 
@@ -126,6 +184,7 @@ def fit_recompute(
         methods: Communication of the default policy.
         known_bytes: Bytes of every rank that no token is part of.
         name: The policy.
+        states: State exchange of the default policy.
 
     Returns:
         The policy, and the bytes by which a rank holds more than it predicts, at most, over all samples.
@@ -140,7 +199,7 @@ def fit_recompute(
             method = by_name[sample.attention or ""]
             constant_s = method.constant_s(sample.degree, sample.spans_nodes, None)
             rows[row, 1] = constant_s * sum(sample.lengths) / sample.degree / sample.time_s
-            rest_s -= method.fixed_s
+            rest_s -= method.fixed_s + states.time_s(sample)
         beyond[row] = rest_s / sample.time_s
     compute, communication = (float(value) for value in nonnegative_least_squares(rows, beyond))
     if compute <= 0:

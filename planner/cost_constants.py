@@ -18,6 +18,7 @@ from planner.cost_model_json import (
     OPTIONAL_NUMBERS_2,
     REQUIRED_NUMBERS,
     SHARES,
+    TABLES,
     cost_model_content,
     parse_cost_model,
 )
@@ -64,7 +65,8 @@ class CostConstants:
         per_sequence_s: Seconds that every sequence costs, however short.
         causal_factor: Multiplies `a1_s_per_token2`; 1.0: that was measured as it is run.
         softmax_layer_share: Share (0 to 1) of the layers with quadratic attention; the others are linear attention,
-            without quadratic time and K/V communication.
+            without quadratic time and K/V communication. 0: no layer runs an attention method; groups carry the name
+            of the primary one all the same.
         state_exchange_s: Seconds per micro-batch of a group of degree above 1 for the states of linear layers.
         zero_traffic_s: Seconds of ZeRO parameter and gradient traffic: per micro-batch under per-layer, once per step
             under per-step.
@@ -73,6 +75,9 @@ class CostConstants:
             whole step (per-step). `None`: unknown.
         gpus_per_node: Of the cluster that was measured. `None`: unknown, one node counts.
         num_kv_heads: Key/value heads; Ulysses needs them to divide the degree or to be divided by it. `None`: unknown.
+        state_exchange_by_degree_s: Further seconds per micro-batch for the states of linear layers, by degree: latency
+            and bytes of states that do not depend on tokens. Table as in `planner.method_cost`, but of seconds.
+        state_exchange_between_nodes_s: The same for groups whose ranks are on different nodes.
     """
 
     name: str
@@ -104,6 +109,8 @@ class CostConstants:
     unsharded_state_bytes: float | None = None
     gpus_per_node: int | None = None
     num_kv_heads: int | None = None
+    state_exchange_by_degree_s: tuple[tuple[int, float], ...] = ()
+    state_exchange_between_nodes_s: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         as_str(self.name, "name", CostModelError)
@@ -120,9 +127,10 @@ class CostConstants:
         for key in ("num_heads", "num_kv_heads", "gpus_per_node"):
             if getattr(self, key) is not None:
                 as_int(getattr(self, key), key, CostModelError, minimum=1)
-        for key in ("communication_s", "between_nodes_s"):
+        for key in TABLES:
             object.__setattr__(self, key, checked_table(getattr(self, key), key))
         check_links(self.communication_s, self.between_nodes_s, "")
+        check_links(self.state_exchange_by_degree_s, self.state_exchange_between_nodes_s, "state_exchange_")
         object.__setattr__(self, "methods", tuple(self.methods))
         object.__setattr__(self, "recompute_policies", tuple(self.recompute_policies))
         _check_unique("methods", [self.attention, *(method.name for method in self.methods)])
@@ -173,7 +181,7 @@ class CostConstants:
         return policy
 
     def to_content(self) -> dict[str, Any]:
-        """Return the JSON content of version 2, every key present."""
+        """Return the JSON content of version 2; tables of state exchanges only where there are any."""
         return cost_model_content({item.name: getattr(self, item.name) for item in dataclasses.fields(self)})
 
     def to_json(self) -> str:

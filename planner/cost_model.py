@@ -2,13 +2,13 @@
 
 Symbols: ``s`` tokens of one sequence, ``d`` degree (ranks of the group), ``N`` ranks of the job, ``S`` tokens of the
 group, ``v`` speed of its slowest GPU, ``r`` factors of its recompute policy, ``c`` communication constant of its method,
-``h`` half_length_tokens, ``A1 = a1 * causal_factor * softmax_layer_share``.
+``h`` half_length_tokens, ``e`` state_exchange_by_degree_s, ``A1 = a1 * causal_factor * softmax_layer_share``.
 
     quadratic(s) = r_compute * A1 * (s^2/d + h*s) / v
     linear(s)    = r_compute * a2 * s/d / v + per_sequence_s
     comm(s)      = r_communication * softmax_layer_share * c(d) * s/d                        (0 at d = 1)
     exposed(s)   = max(0, comm(s) - overlap * quadratic(s))
-    fixed        = b1 + (b2 + method_fixed_s + state_exchange_s if d > 1) + (exposed ZeRO traffic if sync per-layer)
+    fixed        = b1 + (b2 + method_fixed_s + state_exchange_s + e(d) if d > 1) + (exposed ZeRO traffic if sync per-layer)
     time(group)  = sum over its sequences of (quadratic + linear + exposed) + fixed
     memory(rank) = S/d * r_bytes_per_token + model_state_bytes_total/N + model_state_bytes_fixed
                    + (unsharded_state_bytes if sync per-step)
@@ -33,6 +33,7 @@ import numpy.typing as npt
 from planner.cost_constants import CostConstants
 from planner.errors import CostModelError
 from planner.group_kind import GroupKind
+from planner.method_cost import link_s
 
 # Counts up to here are exact in a float; no batch comes near.
 NO_LIMIT_TOKENS = 2**50
@@ -104,8 +105,18 @@ class CostModel(CostConstants):
         _check_kind(kind)
         fixed_s = self.b1_s
         if kind.degree > 1:
-            fixed_s += self.b2_s + self.method_cost(kind.attention).fixed_s + self.state_exchange_s
+            fixed_s += self.b2_s + self.method_cost(kind.attention).fixed_s + self.kind_state_exchange_s(kind)
         return fixed_s if _is_per_step(sync) else fixed_s + self._exposed_zero_s
+
+    def kind_state_exchange_s(self, kind: GroupKind) -> float:
+        """Return the seconds per micro-batch that the states of linear layers travel; 0 at degree 1.
+
+        Their size does not depend on the tokens, so that neither a longer nor a shorter sequence changes this.
+        """
+        if kind.degree == 1:
+            return 0.0
+        inside, between = self.state_exchange_by_degree_s, self.state_exchange_between_nodes_s
+        return self.state_exchange_s + link_s(inside, between, kind.degree, kind.spans_nodes, self.gpus_per_node)
 
     def kind_time_s(self, lengths: Lengths, kind: GroupKind, sync: str = "per-layer") -> float:
         """Predict the forward and backward seconds of one group; the order of `lengths` does not matter."""

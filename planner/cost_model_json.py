@@ -18,6 +18,9 @@ REQUIRED_NUMBERS = ("a1_s_per_token2", "a2_s_per_token", "b1_s", "bytes_per_toke
 OPTIONAL_NUMBERS = ("b2_s", "model_state_bytes_fixed", "fixed_step_s")
 OPTIONAL_NUMBERS_2 = ("method_fixed_s", "half_length_tokens", "per_sequence_s", "state_exchange_s", "zero_traffic_s")
 SHARES = ("overlap", "softmax_layer_share", "zero_overlap")
+# Left out where empty, so that cost models without linear layers keep their hash.
+STATE_TABLES = ("state_exchange_by_degree_s", "state_exchange_between_nodes_s")
+TABLES = ("communication_s", "between_nodes_s", *STATE_TABLES)
 
 _REQUIRED = ("name", *REQUIRED_NUMBERS, "memory_limit_bytes", "communication_s")
 _OPTIONAL = (*OPTIONAL_NUMBERS, "attention", "num_heads", "metadata")
@@ -31,6 +34,7 @@ _OPTIONAL_2 = (
     "unsharded_state_bytes",
     "gpus_per_node",
     "num_kv_heads",
+    *STATE_TABLES,
 )
 
 
@@ -48,7 +52,7 @@ def parse_cost_model(text: str, what: str) -> dict[str, Any]:
         )
     optional = _OPTIONAL if version == 1 else (*_OPTIONAL, *_OPTIONAL_2)
     check_keys(content, required=_REQUIRED, optional=optional, what=what, error=CostModelError)
-    for key in ("communication_s", "between_nodes_s"):
+    for key in TABLES:
         if key in content:
             content[key] = read_table(content[key], key)
     if "methods" in content:
@@ -59,12 +63,12 @@ def parse_cost_model(text: str, what: str) -> dict[str, Any]:
 
 
 def cost_model_content(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the JSON content of the fields of a `CostModel`, every key present."""
+    """Return the JSON content of the fields of a `CostModel`, every key present but those of empty `STATE_TABLES`."""
+    left_out = {key for key in STATE_TABLES if not fields[key]}
     return {
         "schema_version": SCHEMA_VERSION,
-        **fields,
-        "communication_s": table_content(fields["communication_s"]),
-        "between_nodes_s": table_content(fields["between_nodes_s"]),
+        **{key: value for key, value in fields.items() if key not in left_out},
+        **{key: table_content(fields[key]) for key in TABLES if key not in left_out},
         "methods": [method.to_content() for method in fields["methods"]],
         "recompute_policies": [policy.to_content() for policy in fields["recompute_policies"]],
         "metadata": dict(fields["metadata"]),

@@ -28,7 +28,7 @@ class MethodCost:
     Attributes:
         name: One of `METHOD_NAMES`.
         communication_s: Table for groups inside a node.
-        between_nodes_s: Table for groups whose ranks are on different nodes; empty: see `constant_s`.
+        between_nodes_s: Table for groups whose ranks are on different nodes; empty: see `link_s`.
         overlap: Share (0 to 1) of a sequence's quadratic compute that hides its communication.
         fixed_s: Further seconds per micro-batch of a group of degree above 1 (latency of its hops).
     """
@@ -49,25 +49,8 @@ class MethodCost:
         check_links(self.communication_s, self.between_nodes_s, where)
 
     def constant_s(self, degree: int, spans_nodes: bool, gpus_per_node: int | None) -> float:
-        """Return the seconds of communication per (token/degree) of a group; 0 for degree 1.
-
-        A group that spans nodes although a node could hold it, where nothing was measured between nodes, is charged
-        as the smallest listed degree above a node's GPUs: that is the narrowest link that was measured.
-
-        Args:
-            degree: Ranks of the group.
-            spans_nodes: Its ranks are on different nodes.
-            gpus_per_node: Of the cluster that was measured, or `None`.
-        """
-        if degree == 1:
-            return 0.0
-        if not spans_nodes:
-            return listed_s(self.communication_s, degree)
-        if self.between_nodes_s:
-            return listed_s(self.between_nodes_s, degree)
-        if gpus_per_node is not None and any(listed > gpus_per_node for listed, _ in self.communication_s):
-            return listed_s(self.communication_s, max(degree, gpus_per_node + 1))
-        return listed_s(self.communication_s, degree)
+        """Return the seconds of communication per (token/degree) of a group by `link_s`; 0 for degree 1."""
+        return link_s(self.communication_s, self.between_nodes_s, degree, spans_nodes, gpus_per_node)
 
     def to_content(self) -> dict[str, Any]:
         """Return the JSON content, every key present."""
@@ -113,6 +96,30 @@ class RecomputePolicy:
         }
 
 
+def link_s(inside: Table, between: Table, degree: int, spans_nodes: bool, gpus_per_node: int | None) -> float:
+    """Return the constant of a group's links from the tables inside a node and between nodes; 0 for degree 1.
+
+    A group that spans nodes although a node could hold it, where nothing was measured between nodes, is charged
+    as the smallest listed degree above a node's GPUs: that is the narrowest link that was measured.
+
+    Args:
+        inside: Table for groups inside a node.
+        between: Table for groups whose ranks are on different nodes, or empty.
+        degree: Ranks of the group.
+        spans_nodes: Its ranks are on different nodes.
+        gpus_per_node: Of the cluster that was measured, or `None`.
+    """
+    if degree == 1:
+        return 0.0
+    if not spans_nodes:
+        return listed_s(inside, degree)
+    if between:
+        return listed_s(between, degree)
+    if gpus_per_node is not None and any(listed > gpus_per_node for listed, _ in inside):
+        return listed_s(inside, max(degree, gpus_per_node + 1))
+    return listed_s(inside, degree)
+
+
 def listed_s(table: Table, degree: int) -> float:
     """Return a table's constant for `degree`, by the rule for degrees that are not listed."""
     if not table:
@@ -143,7 +150,7 @@ def check_links(inside: Table, between: Table, where: str) -> None:
         near_s, far_s = listed_s(inside, degree), listed_s(between, degree)
         if far_s < near_s:
             raise CostModelError(
-                f"{where}between_nodes_s gives {far_s} s at degree {degree}, below the {near_s} s of communication_s; "
+                f"{where}between_nodes_s gives {far_s} s at degree {degree}, below the {near_s} s inside a node; "
                 "expected at least as much, because no link between nodes is faster. Measure both again, and list "
                 "every degree that spans nodes."
             )
