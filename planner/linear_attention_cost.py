@@ -154,9 +154,20 @@ def linear_method_times(
     return tuple(times)
 
 
-def lasp2_s(work: LinearAttentionWork, network: Network, local: LocalPass, *, backward: bool) -> float:
-    """Return the seconds of one pass of LASP-2: one exchange, overlapped with the intra work, then the combination."""
-    exchange_s = network.transfer_s(gathered_messages(work, backward=backward))
+def lasp2_s(
+    work: LinearAttentionWork, network: Network, local: LocalPass, *, backward: bool, exchange_s: float | None = None
+) -> float:
+    """Return the seconds of one pass of LASP-2: one exchange, overlapped with the intra work, then the combination.
+
+    Args:
+        work: The call.
+        network: Of the group.
+        local: Of one rank's share.
+        backward: Which pass.
+        exchange_s: Of the exchange; `None`: each rank sends to every later one of its chain, all at once.
+    """
+    if exchange_s is None:
+        exchange_s = network.transfer_s(gathered_messages(work, backward=backward))
     end_s = local.whole_s
     for num_ranks in map(len, work.chains):
         # A rank inside the chain is the last to send, and the last rank, which waits for it, has most to combine: the
@@ -209,7 +220,7 @@ def ring_s(work: LinearAttentionWork, network: Network, local: LocalPass, *, bac
     Hops are hidden behind the work on the rows that came before, which favours the ring.
 
     Source:
-        "Ring Attention" in LASP-2 (arXiv:2502.07563), section 4.1, with the right product first.
+        The "Ring Attention" that LASP-2 (arXiv:2502.07563) compares itself with, here with the right product first.
     """
     if work.degree == 1:
         return local.whole_s
