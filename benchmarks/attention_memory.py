@@ -1,8 +1,9 @@
 """Memory of raysp's methods: a formula for the peak of one forward and backward, and a check that steps leave nothing.
 
 The formula counts buffers that live at once at the worst point of the backward, beyond q, k, v and the gradient of the
-output: the output, sums, block results, keys or queries on the way, and the kernel's own workspace. Row statistics (LSE,
-delta) are counted with the kernel.
+output: the output, sums, block results, buffers, and the kernel's own workspace. Buffers (keys or queries on the way,
+results on their way home, keys in the order of a call) stay from call to call, so all of both passes count at once; see
+`buffer_formula`. Row statistics (LSE, delta) are counted with the kernel.
 
 Symbols: q, kv bytes of this rank's queries, and of its keys and values together, in the input dtype; N degree.
 """
@@ -26,24 +27,57 @@ def peak_formula(case: Case, candidate: Candidate, degree: int, item_bytes: int)
     # Sums of more than two terms are kept in fp32.
     wide = 1 if degree == 2 else 4 / item_bytes
     method = candidate.name.partition(" ")[2]
-    if method in ("ring", "bidirectional_ring"):
-        # out, dq, dq of a block; dk and dv at home and of a block, keys here, and on a longer ring the keys that
-        # arrive and the sums that leave and arrive.
-        held = (2 + wide) * q + (2 + wide + (0 if degree == 2 else 1 + 2 * wide)) * kv
-    elif method == "token_ring":
-        # out, dq, dq of a block, q and dout here and, on a longer ring, arriving, a dq that comes home.
-        held = (5 + wide + (0 if degree == 2 else 2)) * q + (1 + wide) * kv
-    elif method == "all_gather":
-        # out and dq; the others' keys, all keys in the order of the call (those of first chunks twice), their gradients.
-        picked = degree + 0.5
-        held = 2 * q + (degree - 1 + 2 * picked) * kv
-        return round(held + _workspace_bytes(case, candidate.kernel, q, picked * kv, item_bytes))
-    elif method == "ulysses":
-        # out and its gradient twice, as tokens and as heads, q and dq as heads and two messages; k, v and gradients.
-        held = 6 * q + 3 * kv
-    else:
+    buffers = buffer_formula(case, method, degree, item_bytes)
+    if buffers is None:
         return None
-    return round(held + _workspace_bytes(case, candidate.kernel, q, kv, item_bytes))
+    picked = _picked_share(case, method, degree)
+    if method == "all_gather":
+        # out and dq; gradients of the keys in the order of the call.
+        held = 2 * q + picked * kv
+    elif method == "ulysses":
+        # out as tokens, and as heads: q, out, its gradient and dq; k and v and their gradients.
+        held = 5 * q + 2 * kv
+    else:
+        # out, dq, dq of a block; dk and dv at home and of a block.
+        held = (2 + wide) * q + (1 + wide + picked) * kv
+    kernel_kv = picked * kv if method == "all_gather" else kv
+    return round(held + buffers + _workspace_bytes(case, candidate.kernel, q, kernel_kv, item_bytes))
+
+
+def buffer_formula(case: Case, method: str, degree: int, item_bytes: int) -> float | None:
+    """Predicted bytes of the buffers that a forward and backward leave for the next; None for a method without a formula.
+
+    Rows are counted as if a rank's needed all of another's, which is so for the rank that needs most.
+    """
+    row_bytes = case.tokens_per_rank * case.head_size * item_bytes
+    q, kv = case.num_heads * row_bytes, 2 * case.num_key_heads * row_bytes
+    picked = _picked_share(case, method, degree) * kv
+    wide = 4 / item_bytes
+    if method in ("ring", "bidirectional_ring"):
+        # Keys that arrive, on a longer ring beside those that leave. Sums that arrive and, from four ranks on, those of
+        # this hop and of the one before.
+        is_single = degree == 2 and len(case.lengths) == 1
+        sums = (1 if is_single else wide) + (0 if degree == 2 else wide if degree == 3 else 2 * wide)
+        # Half of the heads are copied before they leave.
+        kept = kv if method == "bidirectional_ring" else 0
+        return (1 if degree == 2 else 2) * kv + sums * kv + picked + kept
+    if method == "token_ring":
+        # q and its output gradient, arriving and on a longer ring leaving; a result that comes home.
+        return (3 if degree == 2 else 5) * q + picked
+    if method == "all_gather":
+        # The others' keys, all in the order of the call, and gradients that come home.
+        return (degree - 1) * (1 + wide) * kv + picked
+    if method == "ulysses":
+        # q, k and v by rank, leaving and arriving.
+        return 2 * (q + max(1, degree / case.num_key_heads) * kv)
+    return None
+
+
+def _picked_share(case: Case, method: str, degree: int) -> float:
+    """Keys that are copied into the order of a call, as a multiple of a rank's keys; those of first chunks twice."""
+    if method == "all_gather":
+        return degree + 0.5
+    return 1.5 if len(case.lengths) > 1 and method != "ulysses" else 0
 
 
 def steps_without_growth(prepared: Any, num_steps: int, device: torch.device) -> dict[str, Any]:
@@ -54,6 +88,7 @@ def steps_without_growth(prepared: Any, num_steps: int, device: torch.device) ->
     """
     held: list[int] = []
     is_cuda = device.type == "cuda"
+    prepared.forget_buffers()
     before = torch.cuda.memory_allocated() if is_cuda else 0
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()

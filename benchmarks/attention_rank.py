@@ -236,6 +236,11 @@ class _Rank:
         return [float(value) for value in tensor]
 
     @property
+    def group(self) -> Communicator:
+        """All ranks."""
+        return self._group
+
+    @property
     def settings(self) -> Settings:
         """Options."""
         return self._settings
@@ -290,6 +295,7 @@ class _Prepared:
             # Compiles kernels and builds index maps; the calls after it are those that count.
             self.both()
             self._count_bytes()
+            self.forget_buffers()
             self._peak_bytes = rank.peak_bytes(self.both)
             self._both_bytes = self._count_bytes()
             forward_s = rank.time_s(self.forward, 1)
@@ -304,6 +310,10 @@ class _Prepared:
     def label(self) -> str:
         """Name and kernel."""
         return f"{self.candidate.name}/{self.candidate.kernel}"
+
+    def forget_buffers(self) -> None:
+        """Let go of what the last calls left, so that the next one's memory is counted whole."""
+        self._rank.group.workspace.release()
 
     def forward(self) -> None:
         """The forward alone, as in inference."""

@@ -10,12 +10,13 @@ Symbols: T rows, H heads, D head size.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from raysp.attention.blocks import Rows
+from raysp.comm import Lease
 
 ALL_HEADS = slice(None)
 
@@ -62,6 +63,29 @@ def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -
     lse.copy_(merged_lse)
 
 
+class Memory:
+    """New memory for a sum; ``LeasedMemory`` is that of a lease."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def empty(self, index: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor with any content; ``index`` tells the tensors of one sum apart."""
+        return torch.empty(tuple(shape), dtype=dtype, device=self._device)
+
+
+class LeasedMemory(Memory):
+    """Buffers of a lease: gone with it, or when another sum of the same role begins."""
+
+    def __init__(self, lease: Lease, *role: Hashable) -> None:
+        self._lease = lease
+        self._role = role
+
+    def empty(self, index: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See ``Memory.empty``."""
+        return self._lease.empty((*self._role, index), shape, dtype)
+
+
 class PartialResult:
     """Attention output of some rows while keys keep arriving.
 
@@ -72,25 +96,36 @@ class PartialResult:
         num_rows: T.
         like: A tensor ``[*, H, D]`` that gives heads, head size, device and the input dtype.
         num_partials: Partial results that any row of a head gets at most.
+        memory: Where it finds buffers of its own, if not in new memory; then it must not outlive them.
     """
 
-    def __init__(self, num_rows: int, like: Tensor, num_partials: int) -> None:
+    def __init__(self, num_rows: int, like: Tensor, num_partials: int, memory: Memory | None = None) -> None:
         self._shape = (num_rows, *like.shape[1:])
         self._like = like
+        self._memory = Memory(like.device) if memory is None else memory
         self._is_wide = num_partials > 2
         self._unwritten = _UnwrittenHeads(like.shape[1])
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
 
-    def add(self, rows: slice, out: Tensor, lse: Tensor, heads: slice = ALL_HEADS) -> None:
-        """Merge a partial result of these rows and heads: ``out [rows, heads, D]``, ``lse [heads, rows]``."""
-        if self._out is None and out.shape == self._shape:
+    def add(self, rows: slice, out: Tensor, lse: Tensor, heads: slice = ALL_HEADS, *, may_keep: bool = True) -> None:
+        """Merge a partial result of these rows and heads.
+
+        Args:
+            rows: Which.
+            out: ``[rows, heads, D]``.
+            lse: ``[heads, rows]``.
+            heads: Which.
+            may_keep: The result may keep the tensors; not those of a lease.
+        """
+        if may_keep and self._out is None and out.shape == self._shape:
             self._out, self._lse = out, lse
             self._unwritten.take(heads)
             return
         held_out, held_lse = self._held(out.dtype)
         if self._is_wide and held_out.dtype != accumulation_dtype(self._like.dtype):
-            held_out = self._out = held_out.to(accumulation_dtype(self._like.dtype))
+            wide = self._memory.empty(0, held_out.shape, accumulation_dtype(self._like.dtype))
+            held_out = self._out = wide.copy_(held_out)
         if out.shape[0] == self._shape[0] and self._unwritten.all_of(heads):
             held_out[:, heads], held_lse[heads] = out, lse
         else:
@@ -108,8 +143,8 @@ class PartialResult:
         if self._out is None or self._lse is None:
             num_rows, num_heads, _ = self._shape
             wide = accumulation_dtype(self._like.dtype)
-            self._out = self._like.new_empty(self._shape, dtype=wide if self._is_wide else dtype)
-            self._lse = self._like.new_empty((num_heads, num_rows), dtype=wide)
+            self._out = self._memory.empty(0, self._shape, wide if self._is_wide else dtype)
+            self._lse = self._memory.empty(1, (num_heads, num_rows), wide)
         return self._out, self._lse
 
     def _clear(self, heads: slice) -> None:
@@ -130,16 +165,20 @@ class GradientSums:
         like: A tensor ``[*, heads, D]`` that gives heads, head size, device and the input dtype.
         count: How many tensors are summed side by side (dk and dv: 2).
         num_terms: Gradients that any row of a head gets at most.
+        memory: As in ``PartialResult``.
     """
 
-    def __init__(self, held: Rows, like: Tensor, count: int, num_terms: int) -> None:
+    def __init__(self, held: Rows, like: Tensor, count: int, num_terms: int, memory: Memory | None = None) -> None:
         self.held = held
         self._like = like
+        self._memory = Memory(like.device) if memory is None else memory
         self._count = count
         self._shape = (len(held), *like.shape[1:])
         self._is_wide = num_terms > 2
         self._unwritten = _UnwrittenHeads(like.shape[1])
         self._sums: list[Tensor] = []
+        # Whether they are gradients that were taken as they are; then no memory is used yet.
+        self._are_kept = False
 
     @property
     def sums(self) -> list[Tensor]:
@@ -148,10 +187,21 @@ class GradientSums:
         self._clear(ALL_HEADS)
         return self._sums
 
-    def add(self, rows: Rows, gradients: Sequence[Tensor], heads: slice = ALL_HEADS) -> None:
-        """Add the gradients of these rows and heads; the sums may keep the tensors themselves."""
-        if not self._sums and all(gradient.shape == self._shape for gradient in gradients):
-            self._sums = list(gradients)
+    def to_send(self, dtype: torch.dtype) -> list[Tensor]:
+        """The sums so far in a dtype, contiguous; what is not so already is copied, once."""
+        # Not into the memory that the sums themselves may have.
+        first = 0 if self._are_kept else self._count
+        return [
+            total
+            if total.dtype == dtype and total.is_contiguous()
+            else self._memory.empty(first + index, self._shape, dtype).copy_(total)
+            for index, total in enumerate(self.sums)
+        ]
+
+    def add(self, rows: Rows, gradients: Sequence[Tensor], heads: slice = ALL_HEADS, *, may_keep: bool = True) -> None:
+        """Add the gradients of these rows and heads; the sums may keep the tensors, unless those are of a lease."""
+        if may_keep and not self._sums and all(gradient.shape == self._shape for gradient in gradients):
+            self._sums, self._are_kept = list(gradients), True
             self._unwritten.take(heads)
             return
         self._allocate(gradients[0].dtype)
@@ -159,9 +209,9 @@ class GradientSums:
         is_first = len(rows) == len(self.held) and self._unwritten.all_of(heads)
         if not is_first:
             self._clear(heads)
+        if self._is_wide and self._are_kept and self._sums[0].dtype != wide:
+            self._sums, self._are_kept = self.to_send(wide), False
         for index, gradient in enumerate(gradients):
-            if self._is_wide and self._sums[index].dtype != wide:
-                self._sums[index] = self._sums[index].to(wide)
             if is_first:
                 self._sums[index][:, heads] = gradient
             else:
@@ -171,7 +221,7 @@ class GradientSums:
     def _allocate(self, dtype: torch.dtype) -> None:
         if not self._sums:
             dtype = accumulation_dtype(self._like.dtype) if self._is_wide else dtype
-            self._sums = [self._like.new_empty(self._shape, dtype=dtype) for _ in range(self._count)]
+            self._sums = [self._memory.empty(index, self._shape, dtype) for index in range(self._count)]
 
     def _clear(self, heads: slice) -> None:
         for run in self._unwritten.take(heads):

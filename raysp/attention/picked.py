@@ -9,31 +9,46 @@ from torch import Tensor
 
 from raysp.attention.blocks import Pick
 from raysp.attention.merge import accumulation_dtype
+from raysp.comm import Lease
 
 
-def pick_rows(rows: Tensor, pick: Pick) -> Tensor:
-    """Return ``[picked, ...]`` from ``[rows, ...]``, in the pick's order."""
-    return rows.index_select(0, pick.on(rows.device))
+def pick_rows(rows: Tensor, pick: Pick, lease: Lease | None = None, place: int = 0) -> Tensor:
+    """Pick rows in the pick's order.
+
+    Args:
+        rows: ``[rows, ...]``.
+        pick: Which.
+        lease: Where the result comes from, which is then valid until the next pick for this place; new memory by default.
+        place: Tells results apart that are needed at the same time.
+
+    Returns:
+        ``[picked, ...]``.
+    """
+    picked = _picked(rows, pick, lease, place)
+    return torch.index_select(rows, 0, pick.on(rows.device), out=picked)
 
 
-def pick_rows_of_two(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], pick: Pick) -> tuple[Tensor, Tensor]:
+def pick_rows_of_two(
+    own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], pick: Pick, lease: Lease | None = None
+) -> tuple[Tensor, Tensor]:
     """Pick keys and values from own rows and the rows of others, as if one lay behind the other.
 
     Args:
         own: Keys and values ``[own rows, H, D]``; heads of a row without gaps.
         others: Likewise ``[rows of others, H, D]``.
         pick: Rows below the number of own rows are own ones.
+        lease: As in ``pick_rows``, for the places 0 and 1.
 
     Returns:
         Keys and values ``[picked, H, D]``.
     """
     index = pick.on(own[0].device)
+    k, v = (_picked(x, pick, lease, place) for place, x in enumerate(own))
     if own[0].is_cuda:
-        found: tuple[Tensor, Tensor] = importlib.import_module("raysp.attention.triton_rows").pick_of_two(
-            own, others, index
-        )
-        return found
-    k, v = (torch.cat(both).index_select(0, index) for both in zip(own, others, strict=True))
+        importlib.import_module("raysp.attention.triton_rows").pick_of_two(own, others, index, (k, v))
+        return k, v
+    for picked, both in zip((k, v), zip(own, others, strict=True), strict=True):
+        torch.index_select(torch.cat(both), 0, index, out=picked)
     return k, v
 
 
@@ -65,3 +80,8 @@ def return_rows_of_one(picked: Tensor, pick: Pick, num_rows: int) -> Tensor:
     # Each side names a row at most once, so the additions have one order.
     total.index_add_(0, index[: pick.cut], picked[: pick.cut].to(dtype))
     return total.index_add_(0, index[pick.cut :], picked[pick.cut :].to(dtype))
+
+
+def _picked(rows: Tensor, pick: Pick, lease: Lease | None, place: int) -> Tensor:
+    shape = (len(pick.index), *rows.shape[1:])
+    return rows.new_empty(shape) if lease is None else lease.empty(("picked", place), shape, rows.dtype)

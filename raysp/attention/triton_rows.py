@@ -91,10 +91,11 @@ def _pick_kernel(  # type: ignore[no-untyped-def]
     )
 
 
-def pick_of_two(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``raysp.attention.picked.pick_rows_of_two``; ``index`` is int64."""
+def pick_of_two(
+    own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], index: Tensor, picked: tuple[Tensor, Tensor]
+) -> None:
+    """See ``raysp.attention.picked.pick_rows_of_two``; ``index`` is int64, ``picked`` contiguous and written."""
     num_own, *shape = own[0].shape
-    picked = own[0].new_empty((2, len(index), *shape))
     row_size = math.prod(shape)
     width, rows = _tile(row_size)
     _launch(
@@ -102,7 +103,6 @@ def pick_of_two(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], index
         picked[0], picked[1], *(x.contiguous() for x in (*own, *others)), index, len(index), num_own,
         ROW_SIZE=row_size, ROWS=rows, WIDTH=width,
     )  # fmt: skip
-    return picked[0], picked[1]
 
 
 @triton.jit

@@ -15,12 +15,14 @@ from raysp.comm.links import (
     measure_pairs,
 )
 from raysp.comm.rendezvous import await_ranks, connect_store, serve_store
+from raysp.comm.workspace import Lease, Workspace
 from raysp.comm.world import all_reduce_sum, world_mesh
 
 __all__ = [
     "ByteCounter",
     "Communicator",
     "Communicators",
+    "Lease",
     "LinkMeasurement",
     "Message",
     "PairMeasurement",
@@ -28,6 +30,7 @@ __all__ = [
     "ProcessGroup",
     "RankLostError",
     "RankTimeoutError",
+    "Workspace",
     "agree_on_slowest",
     "all_reduce_sum",
     "all_to_all_rows",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from raysp.comm.communicator import Communicator
 from raysp.comm.exchange import Message, PendingExchange, exchange
+from raysp.comm.workspace import Lease
 
 
 def start_all_gather_rows(
@@ -41,6 +42,7 @@ def all_to_all_rows(
     send_counts: Sequence[Sequence[int]],
     recv_counts: Sequence[Sequence[int]],
     communicator: Communicator,
+    lease: Lease | None = None,
 ) -> list[Tensor]:
     """Send slice ``i`` of each tensor's rows to rank ``i`` and join what the ranks sent, in rank order; in one exchange.
 
@@ -49,6 +51,7 @@ def all_to_all_rows(
         send_counts: For each tensor the rows for each rank.
         recv_counts: For each tensor the rows from each rank.
         communicator: The group.
+        lease: Where the results come from, which are then gone with it; new memory by default.
 
     Returns:
         For each tensor ``[sum of its recv_counts, ...]``.
@@ -57,9 +60,9 @@ def all_to_all_rows(
     sends: list[Message] = []
     recvs: list[Message] = []
     received: list[Tensor] = []
-    for rows, leaving_counts, coming_counts in zip(tensors, send_counts, recv_counts, strict=True):
-        rows = rows.contiguous()
-        received.append(rows.new_empty((sum(coming_counts), *rows.shape[1:])))
+    for index, (rows, leaving_counts, coming_counts) in enumerate(zip(tensors, send_counts, recv_counts, strict=True)):
+        rows, shape = rows.contiguous(), (sum(coming_counts), *rows.shape[1:])
+        received.append(rows.new_empty(shape) if lease is None else lease.empty(("coming", index), shape, rows.dtype))
         leaving, coming = rows.split(list(leaving_counts)), received[-1].split(list(coming_counts))
         coming[me].copy_(leaving[me])
         sends += [Message(leaving[peer], peer) for peer in others]

@@ -10,10 +10,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from raysp.comm.workspace import Workspace
 from raysp.errors import InputError
 
 # Of groups made elsewhere, which are wrapped anew at every call; forgotten with the group.
 _MEASUREMENTS: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_WORKSPACES: weakref.WeakKeyDictionary[dist.ProcessGroup, Workspace] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Communicator:
         store: Store of the epoch, where ranks whose exchange fails leave notes, so that all name the same rank. ``None``
             for groups from elsewhere; their errors name the direct peer.
         measurements: What was measured of this group, under keys that begin with its ranks; shared with subsets.
+        workspace: Where calls over this group find buffers that the last call left; shared with subsets.
     """
 
     process_group: dist.ProcessGroup | None
@@ -56,6 +59,7 @@ class Communicator:
     counter: ByteCounter = field(default_factory=ByteCounter, compare=False)
     store: dist.Store | None = field(default=None, compare=False, repr=False)
     measurements: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    workspace: Workspace = field(default_factory=Workspace, compare=False, repr=False)
 
     @property
     def degree(self) -> int:
@@ -69,13 +73,14 @@ class Communicator:
 
     @classmethod
     def wrap(cls, process_group: dist.ProcessGroup) -> Communicator:
-        """View a group that was made elsewhere; all views of it share measurements.
+        """View a group that was made elsewhere; all views of it share measurements and buffers.
 
         On NCCL the group must already have run one collective.
         """
         ranks = tuple(dist.get_process_group_ranks(process_group))
         measurements = _MEASUREMENTS.setdefault(process_group, {})
-        return cls(process_group, ranks, dist.get_rank(process_group), measurements=measurements)
+        workspace = _WORKSPACES.setdefault(process_group, Workspace())
+        return cls(process_group, ranks, dist.get_rank(process_group), measurements=measurements, workspace=workspace)
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | Communicator | None, degree: int) -> Communicator:

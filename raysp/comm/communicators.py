@@ -16,6 +16,7 @@ from torch.distributed import PrefixStore, Store
 
 from raysp.comm.communicator import Communicator
 from raysp.comm.rendezvous import await_ranks
+from raysp.comm.workspace import Workspace
 from raysp.errors import InputError, RayspError
 
 
@@ -34,6 +35,9 @@ class Communicators:
         timeout_s: Longest wait in one operation.
         max_groups: Bound of the cache.
         store: Store of this epoch; the one that the process group was initialised with by default.
+
+    Attributes:
+        workspace: Buffers of calls over any of the groups.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class Communicators:
         self.device = device
         self.timeout_s = timeout_s
         self.max_groups = max_groups
+        # One for all groups: they run in turns, and each of them alone would keep as much.
+        self.workspace = Workspace()
         self._given_store = store
         self._communicators: dict[tuple[int, ...], Communicator] = {}
         self._meetings: dict[tuple[int, ...], int] = {}
@@ -97,7 +103,12 @@ class Communicators:
                 f"most {self.max_groups} groups. Let the planner use aligned power-of-two groups, or raise max_groups."
             )
         communicator = Communicator(
-            self._make_group(key), key, key.index(self.global_rank), self.timeout_s, store=self._store
+            self._make_group(key),
+            key,
+            key.index(self.global_rank),
+            self.timeout_s,
+            store=self._store,
+            workspace=self.workspace,
         )
         self._communicators[key] = communicator
         return communicator
@@ -118,6 +129,7 @@ class Communicators:
     def close(self) -> None:
         """End the epoch: destroy every group. Safe to call twice."""
         self._communicators.clear()
+        self.workspace.release()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -128,6 +140,7 @@ class Communicators:
         process ends, or after the time-out. Either way the next epoch can be formed.
         """
         self._communicators.clear()
+        self.workspace.release()
         if dist.is_initialized():
             dist.distributed_c10d._abort_process_group()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import random
 import signal
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from raysp.attention import (
     reference_attention,
     sparse_parallel_attention,
 )
-from raysp.comm import Communicator, Communicators, RankLostError, all_reduce_sum
+from raysp.comm import Communicator, Communicators, RankLostError, Workspace, all_reduce_sum
 from raysp.errors import InputError
 
 
@@ -78,8 +79,15 @@ def run_reference(case: Case) -> tuple[Tensor, ...]:
     return (out.detach(), *torch.autograd.grad(out, leaves, dout))
 
 
-def run_method(comms: Communicators, case: Case, method: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
-    """This rank's (out, dq, dk, dv) and the global tokens of each; ``None`` on ranks outside the group."""
+def run_method(
+    comms: Communicators, case: Case, method: str, group: Communicator | None = None, between: Callable[[], None] = int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    """This rank's (out, dq, dk, dv) and the global tokens of each; ``None`` on ranks outside the group.
+
+    Args:
+        group: The case's own by default.
+        between: Called after the forward and after the backward.
+    """
     if comms.global_rank >= case.degree:
         return None
     layout, kv_layout = make_layouts(case)
@@ -89,7 +97,7 @@ def run_method(comms: Communicators, case: Case, method: str) -> tuple[tuple[Ten
     out = parallel_attention(
         *leaves,
         layout=layout,
-        group=comms.communicator(range(case.degree)),
+        group=group or comms.communicator(range(case.degree)),
         method=method,
         causal=case.causal,
         window=case.window,
@@ -98,7 +106,9 @@ def run_method(comms: Communicators, case: Case, method: str) -> tuple[tuple[Ten
         deterministic=case.deterministic,
         kv_layout=None if case.key_lengths is None else kv_layout,
     )
+    between()
     gradients = torch.autograd.grad(out, leaves, dout[q_tokens])
+    between()
     return (out.detach(), *gradients), (q_tokens, q_tokens, k_tokens, k_tokens)
 
 
@@ -168,6 +178,68 @@ def sent_bytes(comms: Communicators, case: Case, method: str) -> tuple[int, int]
     forward = communicator.counter.sent_bytes
     torch.autograd.grad(out, (q, k, v), dout)
     return forward, communicator.counter.sent_bytes - forward
+
+
+def reuse_of_buffers(comms: Communicators, case: Case, method: str) -> tuple[bool, int, int]:
+    """Two calls in which every buffer that a forward or backward leaves is filled with NaN.
+
+    Returns:
+        Whether both give the same bits, how many buffers the second allocated, and how many of its receives went into new
+        memory.
+    """
+    workspace = Workspace()
+    group = replace(comms.communicator(range(case.degree)), workspace=workspace)
+    known: set[int] = set()
+    num_strange = 0
+
+    def spoil() -> None:
+        for buffers in workspace._free.values():
+            for buffer in buffers:
+                buffer._bytes.fill_(255)
+                known.add(buffer._bytes.data_ptr())
+
+    module = importlib.import_module("raysp.comm.exchange")
+    post = module.post_batch
+
+    def post_and_look(
+        sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]], process_group: dist.ProcessGroup
+    ) -> list[dist.Work]:
+        nonlocal num_strange
+        num_strange += sum(tensor.untyped_storage().data_ptr() not in known for tensor, _ in recvs)
+        return post(sends, recvs, process_group)
+
+    first = run_method(comms, case, method, group, spoil)
+    num_allocations = workspace.num_allocations
+    module.post_batch = post_and_look
+    try:
+        second = run_method(comms, case, method, group, spoil)
+    finally:
+        module.post_batch = post
+    assert first is not None
+    assert second is not None
+    same = all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    return same, workspace.num_allocations - num_allocations, num_strange
+
+
+def held_bytes_after_many_calls(comms: Communicators, methods: tuple[str, ...], num_calls: int) -> tuple[int, int]:
+    """What stays after calls of random lengths, and the largest buffer of each role together."""
+    workspace = Workspace()
+    degree = 2
+    group = replace(comms.communicator(range(degree)), workspace=workspace)
+    largest: dict[tuple[object, ...], int] = {}
+    take = workspace._take
+
+    def take_and_note(place: tuple[object, ...], num_bytes: int) -> object:
+        largest[place] = max(largest.get(place, 0), num_bytes)
+        return take(place, num_bytes)
+
+    workspace._take = take_and_note
+    generator = random.Random(0)
+    for index in range(num_calls):
+        lengths = tuple(generator.randrange(1, 80) for _ in range(generator.randrange(1, 4)))
+        case = Case(lengths, degree, num_key_heads=4, dtype=torch.float32, causal=index % 3 > 0)
+        run_method(comms, case, methods[index % len(methods)], group)
+    return workspace.held_bytes, sum(largest.values())
 
 
 def error_of_a_death(

@@ -216,6 +216,29 @@ def test_documents_of_one_rank_send_nothing(gloo_pool: GlooPool) -> None:
 
 
 @pytest.mark.parametrize(
+    "case",
+    [
+        Case((300, 40, 5), 4, num_key_heads=4, dtype=torch.float32),
+        Case((300, 40, 5), 4, num_heads=8, num_key_heads=1, dtype=torch.bfloat16, window=60),
+        # Queries without a key on their own rank, and keys without a query.
+        Case((9,), 4, num_key_heads=4, dtype=torch.float32, causal=False, key_lengths=(1,)),
+        Case((1,), 4, num_key_heads=4, dtype=torch.float32, causal=False, key_lengths=(9,)),
+    ],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_second_call_finds_its_buffers_and_nothing_of_a_result_is_in_them(
+    gloo_pool: GlooPool, method: str, case: Case
+) -> None:
+    if runnable(case, (method,)):
+        assert gloo_pool.run(ranks.reuse_of_buffers, case, method) == [(True, 0, 0)] * 4
+
+
+def test_buffers_of_many_calls_are_those_of_the_largest(gloo_pool: GlooPool) -> None:
+    for held_bytes, largest_bytes in gloo_pool.run(ranks.held_bytes_after_many_calls, METHODS[:5], 200, world=2):
+        assert 0 < held_bytes == largest_bytes
+
+
+@pytest.mark.parametrize(
     ("method", "in_forward", "in_backward"),
     [("ring", 2, 3), ("token_ring", 2, 2), ("all_gather", 1, 2), ("ulysses", 2, 2)],
 )

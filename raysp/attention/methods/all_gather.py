@@ -28,7 +28,7 @@ from raysp.attention.methods.call import (
     head_groups,
 )
 from raysp.attention.picked import pick_rows_of_two
-from raysp.comm import Message, PendingExchange, exchange, other_ranks
+from raysp.comm import Lease, Message, PendingExchange, exchange, other_ranks
 
 DEFAULT_HEAD_GROUPS = 1
 
@@ -45,20 +45,28 @@ class AllGather:
 
     def forward(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """Gather the next group of key heads while this one is computed."""
-        groups = head_groups(q.shape[1], k.shape[1], self.num_head_groups)
-        blocks = call.schedule.gathered(call.group_rank).blocks
-        queries, result = QueryRows(all_rows(q), q), PartialResult(q.shape[0], q, 2)
-        coming = _Gather(call, k, v, groups[0])
-        for place in range(len(groups)):
-            here = coming
-            if place + 1 < len(groups):
-                coming = _Gather(call, k, v, groups[place + 1])
-            attend_blocks(call, blocks, queries, here.keys(), result, queries.held)
-        out, lse = result.finished()
-        return out, (q, k, v, out, lse)
+        with call.lease(q) as lease:
+            return self._forward(call, lease, q, k, v)
 
     def backward(self, call: AttentionCall, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gather again; the gradients of a group go home while the next one is computed."""
+        with call.lease(dout) as lease:
+            return self._backward(call, lease, saved, dout)
+
+    def _forward(self, call: AttentionCall, lease: Lease, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
+        groups = head_groups(q.shape[1], k.shape[1], self.num_head_groups)
+        blocks = call.schedule.gathered(call.group_rank).blocks
+        queries, result = QueryRows(all_rows(q), q), PartialResult(q.shape[0], q, 2)
+        coming = _Gather(call, lease, k, v, groups, 0)
+        for place in range(len(groups)):
+            here = coming
+            if place + 1 < len(groups):
+                coming = _Gather(call, lease, k, v, groups, place + 1)
+            attend_blocks(call, lease, blocks, queries, here.keys(), result, queries.held)
+        out, lse = result.finished()
+        return out, (q, k, v, out, lse)
+
+    def _backward(self, call: AttentionCall, lease: Lease, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, out, lse = saved
         groups = head_groups(q.shape[1], k.shape[1], self.num_head_groups)
         gathered = call.schedule.gathered(call.group_rank)
@@ -66,17 +74,17 @@ class AllGather:
         dq = GradientSums(queries.held, q, 1, 2)
         parts: list[list[Tensor]] = []
         returning: _Return | None = None
-        coming = _Gather(call, k, v, groups[0])
+        coming = _Gather(call, lease, k, v, groups, 0)
         for place in range(len(groups)):
             here = coming
             if place + 1 < len(groups):
-                coming = _Gather(call, k, v, groups[place + 1])
+                coming = _Gather(call, lease, k, v, groups, place + 1)
             keys = here.keys()
             sums = GradientSums(keys.held, keys.own[0], 2, 2)
-            differentiate_blocks(call, gathered.blocks, queries, gradient, keys, dq, sums)
+            differentiate_blocks(call, lease, gathered.blocks, queries, gradient, keys, dq, sums)
             if returning is not None:
                 parts.append(returning.summed())
-            returning = _Return(call, sums.sums)
+            returning = _Return(call, lease, sums.sums)
         if returning is not None:
             parts.append(returning.summed())
         dk, dv = (torch.cat(tensors, dim=1) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
@@ -86,18 +94,25 @@ class AllGather:
 class _Gather:
     """One group of key heads on its way: own rows stay where they are, each other rank sends what is needed of its own."""
 
-    def __init__(self, call: AttentionCall, k: Tensor, v: Tensor, heads: tuple[slice, slice]) -> None:
-        self._query_heads = heads[1]
-        self._own = k[:, heads[0]], v[:, heads[0]]
+    def __init__(
+        self, call: AttentionCall, lease: Lease, k: Tensor, v: Tensor, groups: list[tuple[slice, slice]], place: int
+    ) -> None:
+        key_heads, self._query_heads = groups[place]
+        self._own = k[:, key_heads], v[:, key_heads]
         gathered = call.schedule.gathered(call.group_rank)
         num_others = gathered.offsets[-1] - k.shape[0]
         shape = (num_others, *self._own[0].shape[1:])
-        self._others = k.new_empty(shape), k.new_empty(shape)
+        # The group before is still computed.
+        first, second = (lease.empty(("others", place % 2, index), shape, k.dtype) for index in range(2))
+        self._others = first, second
         sends: list[Message] = []
         recvs: list[Message] = []
         for peer in other_ranks(call.group):
             leaving = call.schedule.gathered(peer).from_rank[call.group_rank]
-            sends += [Message(x[leaving.index].contiguous(), peer) for x in self._own]
+            sends += [
+                Message(lease.copy_of(("leaving", place % 2, peer, index), x[leaving.index]), peer)
+                for index, x in enumerate(self._own)
+            ]
             start = gathered.offsets[peer] - k.shape[0]
             coming = slice(start, start + len(gathered.from_rank[peer]))
             recvs += [Message(x[coming], peer) for x in self._others]
@@ -122,10 +137,10 @@ class _GatheredKeys:
         """All of them."""
         return Rows(0, self.own[0].shape[0] + self.others[0].shape[0])
 
-    def read(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Keys and values of a block, in its order."""
+    def read(self, block: Block, lease: Lease) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block, in its order; until the next read."""
         if block.pick is not None:
-            return pick_rows_of_two(self.own, self.others, block.pick)
+            return pick_rows_of_two(self.own, self.others, block.pick, lease)
         if block.keys.stop <= self.own[0].shape[0]:
             return self.own[0][block.keys.index], self.own[1][block.keys.index]
         k, v = (torch.cat(both)[block.keys.index] for both in zip(self.own, self.others, strict=True))
@@ -135,12 +150,12 @@ class _GatheredKeys:
 class _Return:
     """Gradients of one group of key heads on their way home."""
 
-    def __init__(self, call: AttentionCall, sums: list[Tensor]) -> None:
+    def __init__(self, call: AttentionCall, lease: Lease, sums: list[Tensor]) -> None:
         self._call = call
         gathered = call.schedule.gathered(call.group_rank)
         self._own = [x[_place(gathered.offsets, gathered.from_rank, call.group_rank).index] for x in sums]
         wide = accumulation_dtype(sums[0].dtype)
-        sums = [x.to(wide).contiguous() for x in sums]
+        sums = [lease.copy_of(("widened", index), x, wide) for index, x in enumerate(sums)]
         sends: list[Message] = []
         recvs: list[Message] = []
         self._received: dict[int, tuple[Rows, list[Tensor]]] = {}
@@ -148,7 +163,9 @@ class _Return:
             rows = _place(gathered.offsets, gathered.from_rank, peer)
             sends += [Message(x[rows.index], peer) for x in sums]
             home = call.schedule.gathered(peer).from_rank[call.group_rank]
-            buffers = [x.new_empty((len(home), *x.shape[1:])) for x in sums]
+            buffers = [
+                lease.empty(("home", peer, index), (len(home), *x.shape[1:]), wide) for index, x in enumerate(sums)
+            ]
             recvs += [Message(x, peer) for x in buffers]
             self._received[peer] = home, buffers
         self._pending = exchange(sends, recvs, call.group)

@@ -18,7 +18,7 @@ from raysp.attention.kernels import Kernel
 from raysp.attention.merge import ALL_HEADS, GradientSums, PartialResult
 from raysp.attention.picked import pick_rows, return_rows
 from raysp.attention.schedule import Schedule
-from raysp.comm import Communicator
+from raysp.comm import Communicator, Lease
 
 Saved = tuple[Tensor, ...]
 
@@ -52,6 +52,10 @@ class AttentionCall:
     def degree(self) -> int:
         """Ranks of the group."""
         return self.schedule.degree
+
+    def lease(self, like: Tensor) -> Lease:
+        """Buffers for the forward or backward of this call, on the device of a tensor; a context."""
+        return self.group.workspace.lease(like.device)
 
     def own_blocks(self) -> tuple[Block, ...]:
         """Work of this rank's queries on its own keys."""
@@ -113,8 +117,8 @@ class ReadableKeys(Protocol):
         """The query heads that read them."""
         ...
 
-    def read(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Keys and values of a block, in its order."""
+    def read(self, block: Block, lease: Lease) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block, in its order; until the next read."""
         ...
 
 
@@ -138,11 +142,13 @@ class KeyRows:
         """The same rows of some of all heads."""
         return KeyRows(self.held, self.k[:, key_heads], self.v[:, key_heads], query_heads)
 
-    def read(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Keys and values of a block, in its order."""
+    def read(self, block: Block, lease: Lease) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block, in its order; until the next read."""
         index = block.keys.relative_to(self.held)
         k, v = self.k[index], self.v[index]
-        return (k, v) if block.pick is None else (pick_rows(k, block.pick), pick_rows(v, block.pick))
+        return (
+            (k, v) if block.pick is None else (pick_rows(k, block.pick, lease, 0), pick_rows(v, block.pick, lease, 1))
+        )
 
 
 def all_rows(tensor: Tensor) -> Rows:
@@ -159,6 +165,7 @@ def head_groups(num_heads: int, num_key_heads: int, num_groups: int) -> list[tup
 
 def attend_blocks(
     call: AttentionCall,
+    lease: Lease,
     blocks: Iterable[Block],
     queries: QueryRows,
     keys: ReadableKeys,
@@ -168,12 +175,13 @@ def attend_blocks(
     """Run the forward of each block and merge it into ``result``, which holds the query rows ``held``."""
     for block in blocks:
         q = queries.q[block.queries.relative_to(queries.held), keys.query_heads]
-        out, lse = call.kernel.forward(q, *keys.read(block), block.segments, mask=block.mask, scale=call.scale)
+        out, lse = call.kernel.forward(q, *keys.read(block, lease), block.segments, mask=block.mask, scale=call.scale)
         result.add(block.queries.relative_to(held), out, lse, keys.query_heads)
 
 
 def differentiate_blocks(
     call: AttentionCall,
+    lease: Lease,
     blocks: Iterable[Block],
     queries: QueryRows,
     gradient: OutputGradient,
@@ -193,7 +201,7 @@ def differentiate_blocks(
         dq, dk, dv = call.kernel.backward(
             gradient.dout[rows, heads],
             queries.q[rows, heads],
-            *keys.read(block),
+            *keys.read(block, lease),
             None if gradient.out is None else gradient.out[rows, heads],
             gradient.lse[heads, rows],
             None if gradient.delta is None else gradient.delta[heads, rows],

@@ -11,6 +11,7 @@ Source: ring attention (arXiv:2310.01889); zigzag order: llama 3 and ring-flash-
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from raysp.attention.blocks import Block, Rows
 from raysp.attention.itinerary import Itinerary, least_itinerary
-from raysp.attention.merge import ALL_HEADS, GradientSums, PartialResult, accumulation_dtype
+from raysp.attention.merge import ALL_HEADS, GradientSums, LeasedMemory, PartialResult, accumulation_dtype
 from raysp.attention.methods.call import (
     AttentionCall,
     KeyRows,
@@ -30,7 +31,7 @@ from raysp.attention.methods.call import (
     differentiate_blocks,
     head_groups,
 )
-from raysp.comm import Message, exchange
+from raysp.comm import Lease, Message, exchange
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,17 @@ class KeyRing:
 
     def forward(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """Attend to the keys of each rank as they come by."""
+        with call.lease(q) as lease:
+            return self._forward(call, lease, q, k, v)
+
+    def backward(self, call: AttentionCall, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotate the keys again, and their gradients one hop behind."""
+        with call.lease(dout) as lease:
+            return self._backward(call, lease, saved, dout)
+
+    def _forward(self, call: AttentionCall, lease: Lease, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         streams = self._streams(call, q.shape[1], k.shape[1], with_return=False)
-        travellers = [_Traveller(call, stream, k, v) for stream in streams]
+        travellers = [_Traveller(call, lease, place, stream, k, v) for place, stream in enumerate(streams)]
         queries, result = QueryRows(all_rows(q), q), PartialResult(q.shape[0], q, call.most_partials)
         for hop in range(call.degree):
             sends: list[Message] = []
@@ -67,18 +77,17 @@ class KeyRing:
                 traveller.move_keys(hop, sends, recvs)
             pending = exchange(sends, recvs, call.group)
             if hop == 0:
-                attend_blocks(call, call.own_blocks(), queries, KeyRows(all_rows(k), k, v), result, queries.held)
+                attend_blocks(call, lease, call.own_blocks(), queries, KeyRows(all_rows(k), k, v), result, queries.held)
             else:
                 for traveller in travellers:
-                    attend_blocks(call, traveller.blocks(hop), queries, traveller.keys, result, queries.held)
+                    attend_blocks(call, lease, traveller.blocks(hop), queries, traveller.keys, result, queries.held)
             pending.wait()
             for traveller in travellers:
                 traveller.arrive()
         out, lse = result.finished()
         return out, (q, k, v, out, lse)
 
-    def backward(self, call: AttentionCall, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotate the keys again, and their gradients one hop behind."""
+    def _backward(self, call: AttentionCall, lease: Lease, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, out, lse = saved
         queries, gradient = QueryRows(all_rows(q), q), OutputGradient(dout, lse, out)
         num_terms = call.most_partials
@@ -86,7 +95,8 @@ class KeyRing:
         own_keys = KeyRows(own.held, k, v)
         first, *last = head_groups(q.shape[1], k.shape[1], 2 if self.hides_last_return else 1)
         travellers = [
-            _Traveller(call, stream, k, v) for stream in self._streams(call, q.shape[1], k.shape[1], with_return=True)
+            _Traveller(call, lease, place, stream, k, v)
+            for place, stream in enumerate(self._streams(call, q.shape[1], k.shape[1], with_return=True))
         ]
         # One more hop than ranks: the last brings the sums home.
         for hop in range(call.degree + 1):
@@ -100,17 +110,19 @@ class KeyRing:
             if 0 < hop < call.degree:
                 for traveller in travellers:
                     sums = traveller.empty_sums(hop)
-                    differentiate_blocks(call, traveller.blocks(hop), queries, gradient, traveller.keys, dq, sums)
+                    differentiate_blocks(
+                        call, lease, traveller.blocks(hop), queries, gradient, traveller.keys, dq, sums
+                    )
                     fresh.append(sums)
             else:
                 for heads in [first] if hop == 0 else last:
                     keys = own_keys.of_heads(*heads)
-                    differentiate_blocks(call, call.own_blocks(), queries, gradient, keys, dq, own, heads[0])
+                    differentiate_blocks(call, lease, call.own_blocks(), queries, gradient, keys, dq, own, heads[0])
             pending.wait()
             for traveller in travellers:
                 traveller.arrive()
                 if traveller.returned is not None and len(traveller.returned[0]):
-                    own.add(*traveller.returned, traveller.stream.key_heads)
+                    own.add(*traveller.returned, traveller.stream.key_heads, may_keep=False)
             for traveller, sums in zip(travellers, fresh, strict=False):
                 traveller.collect(sums)
         return dq.sums[0], own.sums[0], own.sums[1]
@@ -144,8 +156,10 @@ class KeyRing:
 class _Traveller:
     """What one rank holds of a stream: keys now and next, sums now and next."""
 
-    def __init__(self, call: AttentionCall, stream: Stream, k: Tensor, v: Tensor) -> None:
+    def __init__(self, call: AttentionCall, lease: Lease, place: int, stream: Stream, k: Tensor, v: Tensor) -> None:
         self.stream = stream
+        self._lease = lease
+        self._place = place
         self.returned: tuple[Rows, list[Tensor]] | None = None
         self._route = stream.itinerary
         self._degree = call.degree
@@ -155,7 +169,7 @@ class _Traveller:
         self._straight_home = call.schedule.mask.window is not None
         self._like = k[:, stream.key_heads]
         # A copy where only some heads travel: messages must be contiguous.
-        kept = [x[:, stream.key_heads].contiguous() for x in (k, v)]
+        kept = [lease.copy_of(("kept", place, index), x[:, stream.key_heads]) for index, x in enumerate((k, v))]
         self.keys = KeyRows(all_rows(k), kept[0], kept[1], stream.query_heads)
         self._next_keys: KeyRows | None = None
         self._sums: GradientSums | None = None
@@ -169,7 +183,9 @@ class _Traveller:
         """Zero sums for what this hop gives back: with what was collected before, or only its own where that is home."""
         owner = self._owner(hop)
         rows = self._route.touched(owner, hop) if self._straight_home else self._route.collected(owner, hop)
-        return GradientSums(rows, self._like, 2, self._num_terms)
+        # Those of the hop before are on their way.
+        memory = LeasedMemory(self._lease, "collected", self._place, hop % 2)
+        return GradientSums(rows, self._like, 2, self._num_terms, memory)
 
     def move_keys(self, hop: int, sends: list[Message], recvs: list[Message]) -> None:
         """Post the keys of this hop to where they are needed next, and a buffer for those of the next hop."""
@@ -179,7 +195,8 @@ class _Traveller:
         index = leaving.relative_to(self.keys.held) if len(leaving) else slice(0, 0)
         sends += [Message(tensor[index], self._next_rank) for tensor in (self.keys.k, self.keys.v)]
         coming = self._route.outbound(self._owner(hop + 1), hop + 1)
-        buffers = self._buffers(coming, self._like.dtype)
+        # Those of this hop are still read, and sent on.
+        buffers = self._buffers(("keys", hop % 2), coming, self._like.dtype)
         self._next_keys = KeyRows(coming, buffers[0], buffers[1], self.stream.query_heads)
         recvs += [Message(tensor, self._previous_rank) for tensor in buffers]
 
@@ -190,13 +207,13 @@ class _Traveller:
         dtype = self._sum_dtype
         if self._sums is not None:
             target = self._owner(hop - 1) if self._straight_home else self._next_rank
-            sends += [Message(tensor.to(dtype).contiguous(), target) for tensor in self._sums.sums]
+            sends += [Message(tensor, target) for tensor in self._sums.to_send(dtype)]
         if self._straight_home:
             coming = self._route.touched(self._group_rank, hop - 1)
             source = self._route.visitor(self._group_rank, hop - 1)
         else:
             coming, source = self._route.collected(self._owner(hop), hop - 1), self._previous_rank
-        incoming = coming, self._buffers(coming, dtype)
+        incoming = coming, self._buffers(("sums",), coming, dtype)
         recvs += [Message(tensor, source) for tensor in incoming[1]]
         # At the last hop the sums that come around the ring are our own, back home.
         if self._straight_home or hop == self._degree:
@@ -212,7 +229,7 @@ class _Traveller:
     def collect(self, sums: GradientSums) -> None:
         """Add what came with the ring to this hop's own gradients."""
         if self._incoming is not None and len(self._incoming[0]):
-            sums.add(*self._incoming)
+            sums.add(*self._incoming, may_keep=False)
         self._sums = sums
 
     @property
@@ -221,9 +238,9 @@ class _Traveller:
         is_single = self._degree == 2 and self._has_one_document and not self._straight_home
         return self._like.dtype if is_single else accumulation_dtype(self._like.dtype)
 
-    def _buffers(self, rows: Rows, dtype: torch.dtype) -> list[Tensor]:
+    def _buffers(self, role: tuple[Hashable, ...], rows: Rows, dtype: torch.dtype) -> list[Tensor]:
         shape = (len(rows), *self._like.shape[1:])
-        return [torch.empty(shape, dtype=dtype, device=self._like.device) for _ in range(2)]
+        return [self._lease.empty((*role, self._place, index), shape, dtype) for index in range(2)]
 
     def _owner(self, hop: int) -> int:
         return self._route.owner(self._group_rank, hop)

@@ -24,7 +24,7 @@ from raysp.attention.kernels.eager import visible_keys
 from raysp.attention.merge import GradientSums, accumulation_dtype
 from raysp.attention.methods.call import AttentionCall, Saved, all_rows
 from raysp.attention.picked import pick_rows, return_rows_of_one
-from raysp.comm import Message, exchange
+from raysp.comm import Lease, Message, exchange
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,21 @@ class RingSelfAttention:
 
     def forward(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         """Keys around for the scores, softmax over full rows, values around for the output."""
+        with call.lease(q) as lease:
+            return self._forward(call, lease, q, k, v)
+
+    def backward(self, call: AttentionCall, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values around for the gradient of the scores, then keys around for that of the queries."""
+        with call.lease(dout) as lease:
+            return self._backward(call, lease, saved, dout)
+
+    def _forward(self, call: AttentionCall, lease: Lease, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
         dtype = accumulation_dtype(q.dtype)
         q_wide = q.to(dtype)
         out = torch.zeros(q.shape, dtype=dtype, device=q.device)
         scores: list[Tensor] = []
         lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=dtype, device=q.device)
-        for visit in _Journey(call, k, with_return=False).visits():
+        for visit in _Journey(call, lease, k, with_return=False).visits():
             for piece in visit.pieces():
                 found = _scores(q_wide, piece, call.scale)
                 rows = lse[:, piece.rows]
@@ -46,15 +55,14 @@ class RingSelfAttention:
                 scores.append(found)
         weights = iter(scores)
         kept: list[Tensor] = []
-        for visit in _Journey(call, v, with_return=False).visits():
+        for visit in _Journey(call, lease, v, with_return=False).visits():
             for piece in visit.pieces():
                 probabilities = torch.exp(next(weights) - lse[:, piece.rows].unsqueeze(-1))
                 kept.append(probabilities)
                 out[piece.rows] += torch.einsum("hqk,khd->qhd", probabilities, _repeated(piece.values, q.shape[1]))
         return out.to(q.dtype), (q, k, v, out.to(q.dtype), lse, *kept)
 
-    def backward(self, call: AttentionCall, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values around for the gradient of the scores, then keys around for that of the queries."""
+    def _backward(self, call: AttentionCall, lease: Lease, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, out, _, *kept = saved
         dtype = accumulation_dtype(q.dtype)
         num_heads = q.shape[1]
@@ -62,7 +70,7 @@ class RingSelfAttention:
         delta = (dout_wide * out.to(dtype)).sum(dim=-1).T
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         weights, dscores = iter(kept), []
-        values, keys = _Journey(call, v, with_return=True), _Journey(call, k, with_return=True)
+        values, keys = _Journey(call, lease, v, with_return=True), _Journey(call, lease, k, with_return=True)
         for visit in values.visits():
             for piece in visit.pieces():
                 probabilities = next(weights)
@@ -93,7 +101,8 @@ class _Piece:
 class _Visit:
     """Work of this rank with the rows that are here at one hop."""
 
-    def __init__(self, blocks: tuple[Block, ...], held: Rows, tensor: Tensor, sums: GradientSums) -> None:
+    def __init__(self, lease: Lease, blocks: tuple[Block, ...], held: Rows, tensor: Tensor, sums: GradientSums) -> None:
+        self._lease = lease
         self._blocks = blocks
         self._held = held
         self._tensor = tensor
@@ -105,7 +114,7 @@ class _Visit:
         dtype = accumulation_dtype(self._tensor.dtype)
         for block in self._blocks:
             rows = self._tensor[block.keys.relative_to(self._held)]
-            picked = (rows if block.pick is None else pick_rows(rows, block.pick)).to(dtype)
+            picked = (rows if block.pick is None else pick_rows(rows, block.pick, self._lease)).to(dtype)
             gathered = torch.zeros_like(picked)
             self._gathered = [gathered]
             for queries, keys in block.segments.pieces():
@@ -126,8 +135,9 @@ class _Journey:
         own: Gradient of the own rows, whole after the last visit.
     """
 
-    def __init__(self, call: AttentionCall, tensor: Tensor, *, with_return: bool) -> None:
+    def __init__(self, call: AttentionCall, lease: Lease, tensor: Tensor, *, with_return: bool) -> None:
         self._call = call
+        self._lease = lease
         self._tensor = tensor
         self._with_return = with_return
         self._route = least_itinerary(call.schedule, side="keys", with_return=False)
@@ -145,14 +155,15 @@ class _Journey:
             if hop + 1 < call.degree:
                 leaving = route.outbound(route.owner(me, hop), hop + 1)
                 coming = route.outbound(route.owner(me, hop + 1), hop + 1)
-                buffer = tensor.new_empty((len(coming), *tensor.shape[1:]))
+                # What is held is still read, and sent on.
+                buffer = self._lease.empty(("held", hop % 2), (len(coming), *tensor.shape[1:]), tensor.dtype)
                 index = leaving.relative_to(held) if len(leaving) else slice(0, 0)
                 sends.append(Message(tensor[index], route.visitor(me, 1)))
                 recvs.append(Message(buffer, route.owner(me, 1)))
             home, returned = NO_ROWS, tensor[:0]
             if self._with_return and hop >= 2 and before is not None:
                 home = route.touched(me, hop - 1)
-                returned = before.sums[0].new_empty((len(home), *tensor.shape[1:]))
+                returned = self._lease.empty("returned", (len(home), *tensor.shape[1:]), before.sums[0].dtype)
                 sends.append(Message(before.sums[0].contiguous(), route.owner(me, hop - 1)))
                 recvs.append(Message(returned, route.visitor(me, hop - 1)))
             pending = exchange(sends, recvs, call.group)
@@ -160,10 +171,10 @@ class _Journey:
                 owner = route.owner(me, hop)
                 blocks = call.own_blocks() if hop == 0 else route.blocks(owner, hop)
                 before = self.own if hop == 0 else self._sums(route.touched(owner, hop))
-                yield _Visit(blocks, held, tensor, before)
+                yield _Visit(self._lease, blocks, held, tensor, before)
             pending.wait()
             if len(home):
-                self.own.add(home, (returned,))
+                self.own.add(home, (returned,), may_keep=False)
             held, tensor = coming, buffer
 
     def _sums(self, rows: Rows) -> GradientSums:

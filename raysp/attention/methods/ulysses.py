@@ -160,20 +160,32 @@ class _Trade:
 
     def _traded_for_heads(self, *shards: tuple[Tensor, _RowOrder]) -> list[Tensor]:
         degree = self._group.degree
-        by_rank = [x.unflatten(1, (degree, -1)).transpose(0, 1).flatten(0, 1) for x, _ in shards]
-        sent = [[x.shape[0]] * degree for x, _ in shards]
-        joined = all_to_all_rows(by_rank, sent, [order.counts for _, order in shards], self._group)
-        return [x.index_select(0, order.on(x.device)[0]) for x, (_, order) in zip(joined, shards, strict=True)]
+        with self._group.workspace.lease(shards[0][0].device) as lease:
+            by_rank = []
+            for index, (x, _) in enumerate(shards):
+                parts = x.unflatten(1, (degree, -1)).transpose(0, 1)
+                by_rank.append(lease.empty(("leaving", index), parts.shape, x.dtype).copy_(parts).flatten(0, 1))
+            sent = [[x.shape[0]] * degree for x, _ in shards]
+            joined = all_to_all_rows(by_rank, sent, [order.counts for _, order in shards], self._group, lease)
+            return [x.index_select(0, order.on(x.device)[0]) for x, (_, order) in zip(joined, shards, strict=True)]
 
     def _traded_for_tokens(self, *shards: tuple[Tensor, _RowOrder]) -> list[Tensor]:
         degree = self._group.degree
-        by_rank = [x.index_select(0, order.on(x.device)[1]) for x, order in shards]
-        mine = [order.counts[self._group.group_rank] for _, order in shards]
-        received = [[rows] * degree for rows in mine]
-        joined = all_to_all_rows(by_rank, [order.counts for _, order in shards], received, self._group)
-        return [
-            x.unflatten(0, (degree, rows)).transpose(0, 1).flatten(1, 2) for x, rows in zip(joined, mine, strict=True)
-        ]
+        with self._group.workspace.lease(shards[0][0].device) as lease:
+            by_rank = [
+                torch.index_select(x, 0, order.on(x.device)[1], out=lease.empty(("leaving", index), x.shape, x.dtype))
+                for index, (x, order) in enumerate(shards)
+            ]
+            mine = [order.counts[self._group.group_rank] for _, order in shards]
+            received = [[rows] * degree for rows in mine]
+            joined = all_to_all_rows(by_rank, [order.counts for _, order in shards], received, self._group, lease)
+            return [_heads_of_ranks(x, degree, rows) for x, rows in zip(joined, mine, strict=True)]
+
+
+def _heads_of_ranks(joined: Tensor, degree: int, num_rows: int) -> Tensor:
+    """``[degree * rows, heads, D]``, rank by rank, as a new tensor ``[rows, degree * heads, D]``."""
+    by_row = joined.new_empty((num_rows, degree, *joined.shape[1:]))
+    return by_row.copy_(joined.unflatten(0, (degree, num_rows)).transpose(0, 1)).flatten(1, 2)
 
 
 class _RowOrder:
