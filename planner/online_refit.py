@@ -207,8 +207,8 @@ def _fitted_scales(observations: Sequence[_Observation], recency: FloatArray) ->
 def _rescaled(model: CostModel, scales: Mapping[str, float], record: dict[str, Any]) -> CostModel:
     compute, fixed = scales[_COMPUTE], scales.get(_FIXED, 1.0)
 
-    def table(pairs: tuple[tuple[int, float], ...], method: str) -> tuple[tuple[int, float], ...]:
-        return tuple((degree, seconds * scales.get(method, 1.0)) for degree, seconds in pairs)
+    def table(pairs: tuple[tuple[int, float], ...], scale: str) -> tuple[tuple[int, float], ...]:
+        return tuple((degree, seconds * scales.get(scale, 1.0)) for degree, seconds in pairs)
 
     return dataclasses.replace(
         model,
@@ -230,6 +230,8 @@ def _rescaled(model: CostModel, scales: Mapping[str, float], record: dict[str, A
         ),
         per_sequence_s=model.per_sequence_s * fixed,
         state_exchange_s=model.state_exchange_s * fixed,
+        state_exchange_by_degree_s=table(model.state_exchange_by_degree_s, _FIXED),
+        state_exchange_between_nodes_s=table(model.state_exchange_between_nodes_s, _FIXED),
         zero_traffic_s=model.zero_traffic_s * fixed,
         metadata={**model.metadata, "refit": record},
     )

@@ -215,7 +215,9 @@ def _time_s(group: GroupPlan, lengths: Sequence[int], place: _Place, sync: str, 
         seconds.append(max(0.0, constant_s * s * traffic * softmax / degree - hidden_s))
     seconds.append(model.b1_s)
     if degree > 1:
+        states = dict(model.state_exchange_by_degree_s), dict(model.state_exchange_between_nodes_s)
         seconds += [model.b2_s, method_fixed_s, model.state_exchange_s]
+        seconds.append(_constant_s(*states, degree, place, model.gpus_per_node))
     if sync != "per-step":
         seconds.append(model.zero_traffic_s - model.zero_traffic_s * model.zero_overlap)
     return math.fsum(seconds)

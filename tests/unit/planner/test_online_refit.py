@@ -153,3 +153,18 @@ def test_malformed_samples_and_options_are_refused() -> None:
     for options in ({"window": 4}, {"min_samples": 0}, {"forgetting": 0.0}, {"forgetting": 1.1}):
         with pytest.raises(CalibrationError, match="expected"):
             OnlineRefit(MODEL, **options)
+
+
+def test_states_of_linear_layers_follow_the_fixed_seconds() -> None:
+    tables: dict[str, tuple[tuple[int, float], ...]] = {
+        "state_exchange_by_degree_s": ((2, 0.01), (4, 0.02), (8, 0.03)),
+        "state_exchange_between_nodes_s": ((2, 0.02), (8, 0.06)),
+    }
+    model = make_model(a1_s_per_token2=0.0, communication_s=(), softmax_layer_share=0.0, **tables)
+    twice = {key: tuple((degree, 2 * seconds) for degree, seconds in table) for key, table in tables.items()}
+    truth = dataclasses.replace(model, b1_s=2 * model.b1_s, b2_s=2 * model.b2_s, **twice)
+    samples = [dataclasses.replace(sample, attention=None) for sample in run(truth, 60)]
+    refitted = observed(model, samples).refit()
+    assert refitted is not None
+    assert worst_error(refitted, samples) < 1e-3
+    assert dict(refitted.state_exchange_by_degree_s) == pytest.approx(dict(truth.state_exchange_by_degree_s), rel=1e-2)

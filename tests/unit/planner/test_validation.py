@@ -48,6 +48,8 @@ RICH: dict[str, Any] = {
     "causal_factor": 0.5,
     "softmax_layer_share": 0.75,
     "state_exchange_s": 0.003,
+    "state_exchange_by_degree_s": ((2, 0.001), (4, 0.004), (8, 0.01)),
+    "state_exchange_between_nodes_s": ((2, 0.002), (4, 0.02), (8, 0.03)),
     "zero_traffic_s": 0.2,
     "zero_overlap": 0.25,
     "unsharded_state_bytes": 1e5,
