@@ -18,7 +18,6 @@ from raysp.errors import InputError
 
 KERNELS = ("auto", "fa4", "fa2", "aten", "eager")
 MAX_FLASH_HEAD_SIZE = 256
-_PACKAGES = {"fa4": "flash-attn-4", "fa2": "flash-attn"}
 _MODULES = {"fa4": fa4, "fa2": fa2}
 
 
@@ -35,7 +34,7 @@ def resolve_kernel(name: str, *, device: torch.device, dtype: torch.dtype, head_
         raise InputError(f"kernel {name!r} is unknown; expected one of {', '.join(KERNELS)}.")
     if name == "eager":
         return EagerKernel()
-    if name in _PACKAGES:
+    if name in _MODULES:
         _check_flash(name, device, dtype, head_size)
         return fa4.FlashAttention4Kernel() if name == "fa4" else fa2.FlashAttention2Kernel()
     if device.type == "cpu":
@@ -50,7 +49,7 @@ def resolve_kernel(name: str, *, device: torch.device, dtype: torch.dtype, head_
     if not flash_runs:
         return EagerKernel()
     if name == "auto":
-        for package in _PACKAGES:
+        for package in _MODULES:
             if _refusal(package, device, dtype, head_size) is None:
                 return resolve_kernel(package, device=device, dtype=dtype, head_size=head_size)
     return AtenCudaKernel()
@@ -77,7 +76,7 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_size: int
         )
     if not module.is_installed():
         return (
-            f"kernel {name!r} needs the package {_PACKAGES[name]}, which is not installed; expected it beside raysp. "
+            f"kernel {name!r} needs the package {module.PACKAGE}, which is not installed; expected it beside raysp. "
             f"Install raysp[{name}], or use kernel = 'auto'."
         )
     capability = torch.cuda.get_device_capability(device)

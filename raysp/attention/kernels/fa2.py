@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,23 +10,21 @@ import torch
 from torch import Tensor
 
 from raysp.attention.blocks import Segments
+from raysp.attention.kernels import packages
 from raysp.attention.kernels.delta import given_output
 from raysp.attention.mask import SegmentMask
 from raysp.errors import InputError
 
+PACKAGE = "flash-attn"
 LOWEST_CAPABILITY = (8, 0)
 HEAD_SIZE_MULTIPLE = 8
 MAX_HEAD_SIZE = 256
 _MODULE = "flash_attn.flash_attn_interface"
 
 
-@functools.cache
 def is_installed() -> bool:
     """Whether the package is there; nothing is imported."""
-    try:
-        return importlib.util.find_spec(_MODULE) is not None
-    except (ModuleNotFoundError, ValueError):
-        return False
+    return packages.is_installed(PACKAGE)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ give the same. One segment is a dense call, which is faster than a packed one.
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +14,20 @@ import torch
 from torch import Tensor
 
 from raysp.attention.blocks import Segments
+from raysp.attention.kernels import packages
 from raysp.attention.kernels.delta import given_delta
 from raysp.attention.mask import SegmentMask
 from raysp.errors import InputError
 
+PACKAGE = "flash-attn-4"
 LOWEST_CAPABILITY = (9, 0)
 HEAD_SIZE_MULTIPLE = 8
 MAX_HEAD_SIZE = 256
 
 
-@functools.cache
 def is_installed() -> bool:
     """Whether the package is there; nothing is imported."""
-    try:
-        return importlib.util.find_spec("flash_attn.cute") is not None
-    except ModuleNotFoundError:
-        return False
+    return packages.is_installed(PACKAGE)
 
 
 @dataclass(frozen=True)

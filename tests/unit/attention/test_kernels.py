@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from raysp.attention import reference_attention
 from raysp.attention.blocks import Segments
-from raysp.attention.kernels import Kernel, resolve_kernel
+from raysp.attention.kernels import Kernel, fa2, fa4, packages, resolve_kernel
 from raysp.attention.kernels.aten_cpu import AtenCpuKernel
 from raysp.attention.kernels.delta import output_with_delta
 from raysp.attention.kernels.eager import EagerKernel
@@ -245,6 +246,20 @@ def test_kernels_that_cannot_run_are_refused() -> None:
         resolve_kernel("fast", device=CPU, dtype=torch.float32, head_size=64)
     with pytest.raises(InputError, match="cannot run"):
         resolve_kernel("aten", device=torch.device("cuda"), dtype=torch.float32, head_size=64)
+
+
+def test_flash_attention_2_does_not_pass_for_4_because_of_the_folder_it_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in ("flash_attn/__init__.py", "flash_attn/cute/__init__.py", "flash_attn-2.8.3.dist-info/METADATA"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    packages.is_installed.cache_clear()
+    try:
+        assert (fa2.is_installed(), fa4.is_installed()) == (True, False)
+    finally:
+        packages.is_installed.cache_clear()
 
 
 @pytest.mark.parametrize(("name", "package"), [("fa4", "flash-attn-4"), ("fa2", "flash-attn")])
