@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-import traceback
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
 
 import torch
-import torch.distributed as dist
+from rank_pair import NUM_RANKS
 
 from raysp.comm import (
     Communicator,
+    Communicators,
     LinkMeasurement,
     Message,
     PairMeasurement,
     exchange,
-    init_process,
     measure_link,
     measure_pairs,
 )
-
-NUM_RANKS = 2
 
 
 @dataclass(frozen=True)
@@ -85,30 +80,22 @@ def in_order(communicator: Communicator, device: torch.device) -> bool:
         return all(bool(each) for each in found)
 
 
-def serve(rank: int, port: int, device_type: str, results: Any) -> None:
-    """Run everything on this rank's device and put (rank, answer) or (rank, traceback)."""
-    try:
-        device = torch.device(device_type, rank) if device_type == "cuda" else torch.device(device_type)
-        if device_type == "cuda":
-            torch.cuda.set_device(device)
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
-        comms = init_process(store, global_rank=rank, world_size=NUM_RANKS, device=device, timeout_s=60.0)
-        communicator = comms.communicator(range(NUM_RANKS))
-        assert communicator is not None
-        comms.barrier()
-        start_s = time.monotonic()
-        link = measure_link(communicator, device=device)
-        first_s = time.monotonic() - start_s
-        communicator.measurements.clear()
-        comms.barrier()
-        start_s = time.monotonic()
-        measure_link(communicator, device=device)
-        again_s = time.monotonic() - start_s
-        pairs = measure_pairs(communicator, device=device)
-        counted_bytes = communicator.counter.sent_bytes
-        arrived = one_way(communicator, device)
-        ordered = in_order(communicator, device)
-        comms.close()
-        results.put((rank, Answer(arrived, ordered, link, first_s, again_s, pairs, counted_bytes)))
-    except Exception:  # whatever failed, the test reports it
-        results.put((rank, traceback.format_exc()))
+def run_all(comms: Communicators) -> Answer:
+    """Everything, once."""
+    device = comms.device
+    communicator = comms.communicator(range(NUM_RANKS))
+    assert communicator is not None
+    comms.barrier()
+    start_s = time.monotonic()
+    link = measure_link(communicator, device=device)
+    first_s = time.monotonic() - start_s
+    communicator.measurements.clear()
+    comms.barrier()
+    start_s = time.monotonic()
+    measure_link(communicator, device=device)
+    again_s = time.monotonic() - start_s
+    pairs = measure_pairs(communicator, device=device)
+    counted_bytes = communicator.counter.sent_bytes
+    arrived = one_way(communicator, device)
+    ordered = in_order(communicator, device)
+    return Answer(arrived, ordered, link, first_s, again_s, pairs, counted_bytes)

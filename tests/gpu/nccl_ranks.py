@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from rank_pair import NUM_RANKS
 
 from raysp.attention import SequenceLayout, parallel_attention, reference_attention
 from raysp.attention.kernels import fa4
-from raysp.comm import Communicators, init_process
+from raysp.comm import Communicators
 
 METHODS = ("ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses")
 LENGTHS = (1, 63, 127, 2000, 900)
 KEY_LENGTHS = (300, 1, 90, 700, 2100)
-NUM_RANKS = 2
 
 
 @dataclass(frozen=True)
@@ -128,18 +125,10 @@ def same_bits(comms: Communicators, kernel: str, method: str) -> bool:
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def serve(rank: int, port: int, device_type: str, results: Any) -> None:
-    """Run every case on this rank's device and put (rank, errors by case, same bits by case) or (rank, traceback)."""
-    try:
-        device = torch.device(device_type, rank) if device_type == "cuda" else torch.device(device_type)
-        if device_type == "cuda":
-            torch.cuda.set_device(device)
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
-        comms = init_process(store, global_rank=rank, world_size=NUM_RANKS, device=device, timeout_s=60.0)
-        errors = {case: rms_errors(comms, case) for case in all_cases()}
-        kernels = {case.kernel for case in all_cases()}
-        bits = {(kernel, method): same_bits(comms, kernel, method) for kernel in sorted(kernels) for method in METHODS}
-        comms.close()
-        results.put((rank, (errors, bits)))
-    except Exception:  # whatever failed, the test reports it
-        results.put((rank, traceback.format_exc()))
+def run_cases(comms: Communicators) -> tuple[dict[Case, list[tuple[float, float]]], dict[tuple[str, str], bool]]:
+    """Errors by case, and same bits by kernel and method."""
+    errors = {case: rms_errors(comms, case) for case in all_cases()}
+    kernels = {case.kernel for case in all_cases()}
+    return errors, {
+        (kernel, method): same_bits(comms, kernel, method) for kernel in sorted(kernels) for method in METHODS
+    }

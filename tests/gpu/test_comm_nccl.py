@@ -5,49 +5,24 @@ Run with ``pytest tests/gpu``; skips where there are fewer than two GPUs.
 
 from __future__ import annotations
 
-import multiprocessing
-import queue
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from comm_nccl_ranks import NUM_RANKS, Answer, serve
+from comm_nccl_ranks import Answer, run_all
+from rank_pair import NUM_RANKS, answers_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < NUM_RANKS, reason="needs two GPUs with NCCL")
-
-
-def run_ranks(device_type: str) -> list[Answer]:
-    """What every rank found, in rank order."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=serve, args=(rank, store.port, device_type, results)) for rank in range(NUM_RANKS)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        found = dict(results.get(timeout=150) for _ in processes)
-    except queue.Empty:
-        pytest.fail("a rank gave no answer within 150 s")
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    failures = [answer for answer in found.values() if isinstance(answer, str)]
-    assert not failures, "\n".join(failures)
-    return [found[rank] for rank in range(NUM_RANKS)]
 
 
 @pytest.fixture(scope="module")
 def answers() -> list[Answer]:
     """Everything, run once by two processes."""
-    return run_ranks("cuda")
+    return answers_of(run_all, timeout_s=150)
 
 
 def test_a_rank_without_messages_is_not_waited_for(answers: list[Answer]) -> None:
