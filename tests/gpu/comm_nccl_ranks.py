@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,9 @@ def one_way(communicator: Communicator, device: torch.device) -> list[float]:
 def in_order(communicator: Communicator, device: torch.device) -> bool:
     """Whether exchanges follow the stream that posts them and precede what the waiting one queues afterwards."""
     me, size = communicator.group_rank, 2048
-    on_stream: Any = torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else contextlib.nullcontext()
+    on_stream: AbstractContextManager[object] = (
+        torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else contextlib.nullcontext()
+    )
     with on_stream:
         work = torch.eye(size, device=device)
         found = []
