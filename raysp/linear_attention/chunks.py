@@ -10,8 +10,9 @@ Symbols: T tokens, P pieces, N chunks, C tokens of a chunk, H heads, K key size,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -77,7 +78,9 @@ class ChunkMap:
         return chunks.transpose(1, 2).flatten(0, 1).index_select(0, self.slots)
 
 
-def chunk_map(piece_lengths: Sequence[int], *, chunk_size: int, device: torch.device) -> ChunkMap:
+# The layers of a model ask for the same maps, forward and backward.
+@lru_cache(maxsize=8)
+def chunk_map(piece_lengths: tuple[int, ...], *, chunk_size: int, device: torch.device) -> ChunkMap:
     """Cut pieces into chunks.
 
     Args:
@@ -89,16 +92,15 @@ def chunk_map(piece_lengths: Sequence[int], *, chunk_size: int, device: torch.de
     chunk_counts = (lengths + chunk_size - 1) // chunk_size
     piece_order = torch.argsort(chunk_counts, descending=True, stable=True)
     places = torch.argsort(piece_order)
-    numbers = torch.arange(int(chunk_counts.max()))
-    steps = (chunk_counts[:, None] > numbers).sum(0)
-    firsts = torch.cumsum(steps, 0) - steps
+    step_sizes = len(lengths) - torch.bincount(chunk_counts).cumsum(0)[:-1]
+    firsts = torch.cumsum(step_sizes, 0) - step_sizes
     pieces = torch.repeat_interleave(lengths)
     offsets = torch.arange(len(pieces)) - (torch.cumsum(lengths, 0) - lengths)[pieces]
     chunks = firsts[offsets // chunk_size] + places[pieces]
     return ChunkMap(
         chunk_size=chunk_size,
         num_chunks=int(chunk_counts.sum()),
-        step_sizes=tuple(steps.tolist()),
+        step_sizes=tuple(step_sizes.tolist()),
         piece_order=piece_order.to(device),
         slots=(chunks * chunk_size + offsets % chunk_size).to(device),
     )

@@ -192,13 +192,15 @@ class _LinearAttention(torch.autograd.Function):
         links = forward_links(problem.layout, problem.group.group_rank)
         operator = problem.operator(q, k, v, log_decay, beta)
         given = Given(starts.new_empty(starts.shape[1:]), None)
-        if links.targets:
-            start = None if links.passes_through else starts[-1]
-            given = Given(*operator.outgoing(start, with_transition=links.passes_through))
-        reached = _scanned(problem.choice.forward, problem, given, links, operator.work_ahead, transposed=False)
-        if reached is not None:
-            starts = torch.cat([reached.unsqueeze(0), starts[1:]])
-        out, final = operator.output(starts)
+        # States stay in the accumulation dtype under autocast too.
+        with torch.autocast(q.device.type, enabled=False):
+            if links.targets:
+                start = None if links.passes_through else starts[-1]
+                given = Given(*operator.outgoing(start, with_transition=links.passes_through))
+            reached = _scanned(problem.choice.forward, problem, given, links, operator.work_ahead, transposed=False)
+            if reached is not None:
+                starts = torch.cat([reached.unsqueeze(0), starts[1:]])
+            out, final = operator.output(starts)
         ctx.save_for_backward(q, k, v, log_decay, beta, starts, given.transition)
         ctx.problem = problem
         return out, final[: sum(pieces.ends)]
@@ -214,12 +216,13 @@ class _LinearAttention(torch.autograd.Function):
         operator = problem.operator(q, k, v, log_decay, beta)
         dout = dout.contiguous()
         given = Given(starts.new_empty(starts.shape[1:]), transition)
-        if links.targets:
-            given = Given(operator.incoming_gradient(dout, dfinal[0] if pieces.ends[0] else None), transition)
-        reached = _scanned(problem.choice.backward, problem, given, links, operator.work_ahead, transposed=True)
-        if reached is not None:
-            dfinal = torch.cat([dfinal, reached.unsqueeze(0)])
-        gradients = operator.gradients(starts, dout, dfinal)
+        with torch.autocast(q.device.type, enabled=False):
+            if links.targets:
+                given = Given(operator.incoming_gradient(dout, dfinal[0] if pieces.ends[0] else None), transition)
+            reached = _scanned(problem.choice.backward, problem, given, links, operator.work_ahead, transposed=True)
+            if reached is not None:
+                dfinal = torch.cat([dfinal, reached.unsqueeze(0)])
+            gradients = operator.gradients(starts, dout, dfinal)
         dstarts = gradients.initial_states
         if pieces.takes:
             dstarts = torch.cat([torch.zeros_like(dstarts[:1]), dstarts[1:]])
@@ -232,7 +235,6 @@ def _scanned(
 ) -> Tensor | None:  # fmt: skip
     """What reaches this rank, ``None`` where nothing can; ``meanwhile`` runs while states travel."""
     if scan is None or not (links.sources or links.targets):
-        meanwhile()
         return None
     heads, rows, _ = given.state.shape
     size = heads * rows * (rows if problem.rule == "delta" else 1)

@@ -1,8 +1,8 @@
 """One rank's work in plain torch, chunk by chunk: every family, any dtype, any device.
 
-The first, the last and all pieces between them are worked on apart, so that what other ranks wait for comes first. Every
-chunk is brought to maps of the state before it (``additive``, ``delta``), and a scan (``chunk_scan``) finds those states.
-Nothing but the inputs needs to be kept between a forward and a backward pass.
+The piece whose state or gradient other ranks wait for is worked on first, apart from the others. Every chunk is brought to
+maps of the state before it (``additive``, ``delta``), and a scan (``chunk_scan``) finds those states. Nothing but the inputs
+needs to be kept between a forward and a backward pass.
 
 Symbols: see ``operator``; N chunks, C tokens of a chunk.
 """
@@ -35,15 +35,16 @@ class TorchOperator:
     def __init__(self, inputs: LocalInputs) -> None:
         self._inputs = inputs
         self._dtype = accumulation_dtype(inputs.q.dtype)
-        last = len(inputs.piece_lengths)
-        cuts = sorted({0, min(1, last), max(0, last - 1), last})
-        self._parts = [_Part(inputs, slice(*bounds), self._dtype) for bounds in itertools.pairwise(cuts)]
+        self._cuts = {0}
+        self._parts: list[_Part] = []
+        self._cut(len(inputs.piece_lengths))
         self._last_scan: tuple[Tensor, Tensor] | None = None
         self._dout: Tensor | None = None
 
     @torch.no_grad()
     def outgoing(self, initial: Tensor | None, *, with_transition: bool) -> tuple[Tensor, Tensor | None]:
         """See ``LocalOperator``; without tokens a state passes unchanged."""
+        self._cut(max(0, len(self._inputs.piece_lengths) - 1))
         state, transition = self._state_or_zero(initial), self._identity()
         for part in self._parts[-1:]:
             scan = part.states(state[None])
@@ -78,6 +79,7 @@ class TorchOperator:
     @torch.no_grad()
     def incoming_gradient(self, dout: Tensor, dfinal: Tensor | None) -> Tensor:
         """See ``LocalOperator``; without tokens a gradient passes unchanged."""
+        self._cut(min(1, len(self._inputs.piece_lengths)))
         self._dout = dout
         gradient = self._state_or_zero(dfinal)
         for part in self._parts[:1]:
@@ -96,6 +98,13 @@ class TorchOperator:
         if found:
             rows = found[0].map(concatenated, *found[1:]).map(lambda gradient, x: gradient.to(x.dtype), rows)
         return LocalGradients(**vars(rows), initial_states=torch.cat(dinitials))
+
+    def _cut(self, piece: int) -> None:
+        """Begin a part with ``piece``; parts start anew then, so this comes before their work."""
+        if piece not in self._cuts:
+            self._cuts.add(piece)
+            bounds = itertools.pairwise(sorted(self._cuts))
+            self._parts = [_Part(self._inputs, slice(*bound), self._dtype) for bound in bounds]
 
     def _state_or_zero(self, state: Tensor | None) -> Tensor:
         """``[H, K, V]``."""
@@ -127,7 +136,7 @@ class _Part:
     @cached_property
     def chunks(self) -> ChunkMap:
         """Where their tokens lie in chunks."""
-        lengths = self._inputs.piece_lengths[self.pieces]
+        lengths = tuple(self._inputs.piece_lengths[self.pieces])
         return chunk_map(lengths, chunk_size=_CHUNK_SIZE, device=self._inputs.q.device)
 
     @cached_property
