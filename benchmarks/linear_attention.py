@@ -41,7 +41,8 @@ from torch import Tensor  # noqa: E402
 from benchmarks.linear_attention_ring import RingLinearAttention  # noqa: E402
 from raysp.attention import SequenceLayout  # noqa: E402
 from raysp.comm import Communicator  # noqa: E402
-from raysp.linear_attention import parallel_linear_attention  # noqa: E402
+from raysp.linear_attention import KERNELS, parallel_linear_attention  # noqa: E402
+from raysp.linear_attention.kernels import resolve_kernel  # noqa: E402
 
 # Name -> (rule, decay: per head constant, per token, per token and key).
 FAMILIES = {
@@ -71,6 +72,7 @@ class Task:
     key_size: int
     value_size: int
     dtype: str
+    kernel: str
     rounds: int
     deadline_s: float
 
@@ -84,7 +86,7 @@ def main() -> None:
         device=arguments.device, degree=arguments.degree, port=store.port,
         families=tuple(arguments.families.split(",")), tokens=tuple(map(int, arguments.tokens.split(","))),
         num_heads=arguments.heads, key_size=arguments.key_size, value_size=arguments.value_size, dtype=arguments.dtype,
-        rounds=arguments.rounds, deadline_s=time.time() + arguments.time_budget_s,
+        kernel=arguments.kernel, rounds=arguments.rounds, deadline_s=time.time() + arguments.time_budget_s,
     )  # fmt: skip
     context = multiprocessing.get_context("spawn")
     reports: Any = context.SimpleQueue()
@@ -149,17 +151,20 @@ def _measure_case(
     rule = FAMILIES[family][0]
     share = SequenceLayout([local], 1, "contiguous")
 
+    common = {**inputs, "rule": rule, "kernel": task.kernel}
+
     def sharded(method: str) -> Callable[[], Tensor]:
-        return lambda: parallel_linear_attention(**inputs, rule=rule, layout=layout, group=group, method=method)[0]
+        return lambda: parallel_linear_attention(**common, layout=layout, group=group, method=method)[0]
 
     scale = task.key_size**-0.5
+    make = resolve_kernel(task.kernel, device=device, dtype=inputs["q"].dtype, key_size=task.key_size)
     decay = inputs["log_decay"]
     decay_rows = decay.expand(local, -1) if decay is not None and decay.dim() == 1 else decay
     runs: dict[str, Callable[[], Tensor]] = {
-        ALONE: lambda: parallel_linear_attention(**inputs, rule=rule, layout=share, group=None)[0],
+        ALONE: lambda: parallel_linear_attention(**common, layout=share, group=None)[0],
         **{method: sharded(method) for method in METHODS if method != "ulysses" or task.num_heads % task.degree == 0},
         RING: lambda: RingLinearAttention.apply(
-            inputs["q"], inputs["k"], inputs["v"], decay_rows, inputs["beta"], rule, scale, group
+            inputs["q"], inputs["k"], inputs["v"], decay_rows, inputs["beta"], rule, scale, group, make
         ),
     }
     rows = [_row(name, run, inputs, group, device) for name, run in runs.items()]
@@ -274,7 +279,7 @@ def _markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}` at {result['commit']} on {result['hardware']}; torch {result['torch']}.",
         "",
         f"One document over {result['degree']} ranks, forward and backward, {result['num_heads']} heads of "
-        f"{result['key_size']} x {result['value_size']}, {result['dtype']}; medians of {result['rounds']} interleaved "
+        f"{result['key_size']} x {result['value_size']}, {result['dtype']}, kernel {result['kernel']}; medians of {result['rounds']} interleaved "
         "measurements, of the slowest rank. `share`: the local operator's time for one rank's tokens / time. `sent`: by the "
         "rank that sends most.",
     ]
@@ -332,6 +337,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--key-size", type=int, default=None, help="default 128, on CPU 32")
     parser.add_argument("--value-size", type=int, default=None, help="default 128, on CPU 32")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default=None, help="default bf16, on CPU fp32")
+    parser.add_argument("--kernel", choices=KERNELS, default="auto", help="of the local operator")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--time-budget-s", type=float, default=3600.0, help="begin no case after it")
     parser.add_argument("--name", default=None)

@@ -15,36 +15,36 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from raysp.comm import Communicator, Message, exchange
-from raysp.linear_attention.operator import LocalInputs
+from raysp.linear_attention.operator import LocalInputs, LocalOperator
+from raysp.linear_attention.rates import MakeOperator
 from raysp.linear_attention.scans import applied
-from raysp.linear_attention.torch_operator import TorchOperator
 
 Rows = Sequence[Tensor | None]
 
 
 class RingLinearAttention(torch.autograd.Function):
-    """One document, equal shares: ``apply(q, k, v, log_decay, beta, rule, scale, group)`` -> output of the local rows."""
+    """One document, equal shares: ``apply(q, k, v, log_decay, beta, rule, scale, group, make)`` -> output."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, rule: str, scale: float,
-        group: Communicator,
+        group: Communicator, make: MakeOperator,
     ) -> Tensor:  # fmt: skip
         """Chain the states of earlier ranks, nearest first, as their rows arrive."""
         rows = [q, k, v, log_decay, beta]
-        mine = _operator(rows, rule, scale)
+        mine = _operator(rows, rule, scale, make)
         state = _state_like(q, v)
         factor: Tensor | None = None
         # Queries stay at home forward; keys, values and gates travel.
         for source, arrived in _around([None, *rows[1:]], group, step=1):
             if source > group.group_rank:
                 continue
-            reached, transition = _operator([q, *arrived[1:]], rule, scale).outgoing(None, with_transition=True)
+            reached, transition = _operator([q, *arrived[1:]], rule, scale, make).outgoing(None, with_transition=True)
             state = state + (reached if factor is None else applied(factor, reached, transposed=False))
             factor = _product(factor, transition)
         out, _ = mine.output(state.unsqueeze(0))
         ctx.save_for_backward(q, k, v, log_decay, beta, state)
-        ctx.rest = (rule, scale, group)
+        ctx.rest = (rule, scale, group, make)
         return out
 
     @staticmethod
@@ -52,7 +52,7 @@ class RingLinearAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Chain the state gradients of later ranks, nearest first, from their rows."""
         *rows, state = ctx.saved_tensors
-        rule, scale, group = ctx.rest
+        rule, scale, group, make = ctx.rest
         needed = rows if rule == "delta" else [rows[0], None, None, rows[3], None]
         gradient = torch.zeros_like(state)
         factor: Tensor | None = None
@@ -60,21 +60,21 @@ class RingLinearAttention(torch.autograd.Function):
             if source < group.group_rank:
                 continue
             whole = [theirs if theirs is not None else ours for theirs, ours in zip(arrived, rows, strict=True)]
-            operator = _operator(whole, rule, scale)
+            operator = _operator(whole, rule, scale, make)
             reached = operator.incoming_gradient(arrived_dout, None)
             _, transition = operator.outgoing(None, with_transition=True)
             gradient = gradient + (reached if factor is None else applied(factor, reached, transposed=True))
             factor = _product(transition, factor)
-        gradients = _operator(rows, rule, scale).gradients(state.unsqueeze(0), dout, gradient.unsqueeze(0))
-        return gradients.q, gradients.k, gradients.v, gradients.log_decay, gradients.beta, None, None, None
+        gradients = _operator(rows, rule, scale, make).gradients(state.unsqueeze(0), dout, gradient.unsqueeze(0))
+        return gradients.q, gradients.k, gradients.v, gradients.log_decay, gradients.beta, None, None, None, None
 
 
-def _operator(rows: Rows, rule: str, scale: float) -> TorchOperator:
+def _operator(rows: Rows, rule: str, scale: float, make: MakeOperator) -> LocalOperator:
     q, k, v, log_decay, beta = rows
     assert q is not None
     assert k is not None
     assert v is not None
-    return TorchOperator(LocalInputs(q, k, v, log_decay, beta, rule, scale, (q.shape[0],)))
+    return make(LocalInputs(q, k, v, log_decay, beta, rule, scale, (q.shape[0],)))
 
 
 def _state_like(q: Tensor, v: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def find_all() -> list[Finding]:
         _package("flash-attn", required=False, remedy="pip install flash-attn --no-build-isolation"),
         _package("flash-attn-4", required=False, remedy="pip install --pre flash-attn-4"),
         _package("liger-kernel", required=False, remedy="pip install 'raysp[gpu]'"),
-        _package("flash-linear-attention", required=False, remedy="pip install flash-linear-attention"),
+        _package("fla-core", required=False, remedy="pip install 'raysp[fla]'"),
         _ray_token(),
     ]
 

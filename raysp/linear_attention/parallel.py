@@ -20,9 +20,10 @@ from raysp.linear_attention.chooser import LinearChoice, choose
 from raysp.linear_attention.document_sums import DocumentSums
 from raysp.linear_attention.final_states import GatherRows
 from raysp.linear_attention.head_trade import ToHeads, ToTokens, check_heads, own_heads
+from raysp.linear_attention.kernels import resolve_kernel
 from raysp.linear_attention.operator import LocalInputs, LocalOperator
+from raysp.linear_attention.rates import MakeOperator
 from raysp.linear_attention.scans import Given, StateScan
-from raysp.linear_attention.torch_operator import TorchOperator
 
 
 def parallel_linear_attention(
@@ -40,6 +41,7 @@ def parallel_linear_attention(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    kernel: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Exact linear attention of packed documents whose tokens are spread over the ranks of a group.
 
@@ -63,6 +65,7 @@ def parallel_linear_attention(
         scale: Factor of the output; ``K**-0.5`` by default.
         initial_state: ``[num_documents, H, K, V]``, whole on every rank; zero by default.
         output_final_state: Whether final states are gathered.
+        kernel: One of ``raysp.linear_attention.KERNELS``.
 
     Returns:
         Output ``[local_tokens, H, V]`` in the dtype of ``v``, and ``[num_documents, H, K, V]`` in the accumulation dtype,
@@ -81,12 +84,13 @@ def parallel_linear_attention(
         q, k, v, log_decay, beta, rule, layout=layout, group_rank=communicator.group_rank, causal=causal,
         initial_state=initial_state,
     )  # fmt: skip
+    make = resolve_kernel(kernel, device=q.device, dtype=q.dtype, key_size=q.shape[2])
     chosen = choose(
         method, layout=layout, group=communicator, shape=_shape(q, v, log_decay, beta, rule), causal=causal,
-        make=TorchOperator, dtype=q.dtype, device=q.device,
+        make=make, dtype=q.dtype, device=q.device,
     )  # fmt: skip
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    problem = _Problem(rule, scale, causal, layout, communicator, chosen)
+    problem = _Problem(rule, scale, causal, layout, communicator, chosen, kernel, make)
     if chosen.method == "ulysses" and communicator.degree > 1:
         check_heads(q.shape[1], communicator.degree)
         out, final = _by_heads(q, k, v, log_decay, beta, initial_state, problem, output_final_state)
@@ -109,6 +113,8 @@ class _Problem:
         layout: Contiguous.
         group: The ranks.
         choice: How states travel.
+        kernel: Name of the local operator.
+        make: The local operator.
     """
 
     rule: str
@@ -117,6 +123,8 @@ class _Problem:
     layout: SequenceLayout
     group: Communicator
     choice: LinearChoice
+    kernel: str
+    make: MakeOperator
 
     @property
     def pieces(self) -> LocalPieces:
@@ -125,7 +133,7 @@ class _Problem:
 
     def operator(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None) -> LocalOperator:
         """The work on this rank's rows."""
-        return TorchOperator(LocalInputs(q, k, v, log_decay, beta, self.rule, self.scale, self.pieces.lengths))
+        return self.make(LocalInputs(q, k, v, log_decay, beta, self.rule, self.scale, self.pieces.lengths))
 
 
 def _by_tokens(
@@ -172,6 +180,7 @@ def _by_heads(
         scale=problem.scale,
         initial_state=None if initial_state is None else own_heads(initial_state, group, dim=1),
         output_final_state=output_final_state,
+        kernel=problem.kernel,
     )  # fmt: skip
     if final is not None:
         shares = GatherRows.apply(final.transpose(0, 1), [final.shape[1]] * group.degree, group)

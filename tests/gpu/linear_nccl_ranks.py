@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +36,16 @@ class LinearCase:
     method: str
     dtype: str
     lengths: tuple[int, ...] = LENGTHS
+    kernel: str = "torch"
 
 
 def all_cases() -> list[LinearCase]:
-    """Every family with every method, packed and as one document, in fp32; lasp2 in bf16 as well."""
+    """Every family with every method, packed and as one document, in fp32; lasp2 in bf16, on every kernel, as well."""
     cases = [LinearCase(family, method, "float32") for family in FAMILIES for method in METHODS]
-    cases += [LinearCase(family, "lasp2", "float32", (500,)) for family in FAMILIES]
-    return cases + [LinearCase(family, "lasp2", "bfloat16") for family in FAMILIES]
+    for kernel in ("torch", *(["fla"] if importlib.util.find_spec("fla") else [])):
+        for family in FAMILIES:
+            cases += [LinearCase(family, "lasp2", "bfloat16", lengths, kernel) for lengths in (LENGTHS, (500,))]
+    return cases
 
 
 def relative_errors(comms: Communicators, case: LinearCase) -> dict[str, float]:
@@ -55,7 +59,9 @@ def relative_errors(comms: Communicators, case: LinearCase) -> dict[str, float]:
     rows = layout.token_indices(comms.global_rank).to(comms.device)
     leaves = {name: tensor[rows].requires_grad_() for name, tensor in inputs.items()}
     group = comms.communicator(range(NUM_RANKS))
-    out, _ = parallel_linear_attention(**leaves, rule=rule, layout=layout, group=group, method=case.method)
+    out, _ = parallel_linear_attention(
+        **leaves, rule=rule, layout=layout, group=group, method=case.method, kernel=case.kernel
+    )
     found = (out, *torch.autograd.grad(out, list(leaves.values()), dout[rows]))
     return {
         name: float((a.detach().double() - b.detach()[rows]).abs().max() / b.detach().abs().max())

@@ -33,6 +33,7 @@ def call(family: str = "gated_deltanet", **changed: Any) -> tuple[torch.Tensor, 
         ("basic", {"rule": "delta"}, "rule 'delta' without beta; expected beta with rule 'delta'"),
         ("deltanet", {"rule": "additive"}, "rule 'additive' with beta; expected beta with rule 'delta' and none"),
         ("basic", {"method": "ring"}, "method 'ring' is unknown; expected one of lasp2"),
+        ("basic", {"kernel": "cuda"}, "kernel 'cuda' is unknown; expected one of auto, torch, fla"),
         ("gla", {"causal": False}, "expected the additive rule without decay"),
         ("basic", {"v": torch.zeros(8, 3, 6).double()}, "expected q, k both"),
         ("basic", {"log_decay": torch.zeros(8).double()}, r"log_decay is \[8\]"),
@@ -78,3 +79,9 @@ def test_gradcheck(family: str) -> None:
 def test_convolution_refuses_a_weight_of_other_channels() -> None:
     with pytest.raises(InputError, match=r"expected x \[8, C\]"):
         short_convolution(torch.zeros(8, 3), torch.zeros(4, 2), layout=SequenceLayout(LENGTHS, 1), group=None)
+
+
+def test_kernel_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'raysp\[fla\]'"):
+        call(kernel="fla")

@@ -1,0 +1,96 @@
+"""The additive rule with flash-linear-attention's kernels: ``simple_gla`` for decays of heads, ``gla`` for those of channels.
+
+States that other ranks need are single matrix products: ``sum of decayed k v^T``, or backward of ``q dO^T``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raysp.linear_attention.fla_rows import CHUNK, FlaRows, PartGradients, decay_to_end, decayed, row_products
+
+
+class AdditivePart:
+    """See ``FlaPart``."""
+
+    def __init__(self, rows: FlaRows) -> None:
+        self._rows = rows
+        self._q, self._k, self._v = (tensor.unsqueeze(0) for tensor in (rows.q, rows.k, rows.v))
+        self._common: dict[str, Any] = {"scale": rows.scale, "chunk_size": CHUNK, **rows.packing}
+        self._states: tuple[Tensor, Tensor] | None = None
+
+    def outgoing(self, initial: Tensor | None, *, with_transition: bool) -> tuple[Tensor, Tensor | None]:
+        """A state pass from a known state, which ``output`` uses again, otherwise one product."""
+        if initial is not None:
+            return self._state_pass(initial.unsqueeze(0))[1][0], None
+        rows, decay = self._rows, self._rows.log_decay
+        state = row_products(decayed(rows.k, None if decay is None else decay_to_end(decay)), rows.v)
+        return state, self._transition() if with_transition else None
+
+    def output(self, initial: Tensor) -> tuple[Tensor, Tensor]:
+        """State pass, scores inside chunks, output."""
+        from fla.ops.common.chunk_o import chunk_fwd_o
+        from fla.ops.gla.chunk import chunk_gla_fwd_o_gk
+
+        states, final = self._state_pass(initial)
+        sums = self._rows.decay_sums
+        if self._rows.decays_by_channel:
+            out = chunk_gla_fwd_o_gk(q=self._q, v=self._v, g=sums, A=self._scores(), h=states, **self._common)
+        else:
+            out = chunk_fwd_o(q=self._q, k=self._k, v=self._v, h=states, g=sums, **self._common)
+        return out[0], final
+
+    def incoming_gradient(self, dout: Tensor, dfinal: Tensor | None) -> Tensor:
+        """One product, and what the final state's gradient becomes."""
+        decay = self._rows.log_decay
+        gradient = row_products(
+            decayed(self._rows.q, None if decay is None else decay.cumsum(0), self._rows.scale), dout
+        )
+        return gradient if dfinal is None else gradient + self._transition().unsqueeze(-1) * dfinal
+
+    def gradients(self, initial: Tensor, dout: Tensor, dfinals: Tensor) -> PartGradients:
+        """fla's backward passes."""
+        from fla.ops.gla.chunk import chunk_gla_bwd
+        from fla.ops.simple_gla.chunk import chunk_simple_gla_bwd
+
+        rows = {"q": self._q, "k": self._k, "v": self._v}
+        around = {"initial_state": initial, "do": dout.unsqueeze(0), "dht": dfinals}
+        sums = self._rows.decay_sums
+        if self._rows.decays_by_channel:
+            dq, dk, dv, decay, dinitial = chunk_gla_bwd(
+                **rows, **around, g=None, g_cumsum=sums, h=None, A=self._scores(), **self._common
+            )
+            decay = decay[0]
+        else:
+            dq, dk, dv, dsums, dinitial = chunk_simple_gla_bwd(**rows, **around, g=sums, g_gamma=None, **self._common)
+            decay = self._rows.decay_gradient(dsums)
+        return PartGradients(dq[0], dk[0], dv[0], decay, None, dinitial)
+
+    def _state_pass(self, initial: Tensor) -> tuple[Tensor, Tensor]:
+        """States before every chunk, and final ones."""
+        from fla.ops.common.chunk_h import chunk_fwd_h
+
+        if self._states is None:
+            self._states = chunk_fwd_h(
+                k=self._k, v=self._v, h0=initial, output_final_state=True, chunk_size=CHUNK,
+                cu_seqlens=self._rows.packing["cu_seqlens"], **self._rows.gates,
+            )  # fmt: skip
+        return self._states
+
+    def _scores(self) -> Tensor:
+        from fla.ops.gla.chunk import chunk_gla_fwd_intra_gk
+
+        scores: Tensor = chunk_gla_fwd_intra_gk(q=self._q, k=self._k, g=self._rows.decay_sums, **self._common)
+        return scores
+
+    def _transition(self) -> Tensor:
+        """``[H, K]``."""
+        heads, keys = self._rows.k.shape[1:]
+        decay = self._rows.log_decay
+        if decay is None:
+            return torch.ones(heads, keys, device=self._rows.k.device)
+        total = decay.sum(0)
+        return (total if total.dim() == 2 else total.unsqueeze(-1)).exp().expand(heads, keys)
