@@ -1,9 +1,9 @@
 """What every pair of ranks has to do, and which rows of each rank the others need.
 
-Everything is counted in equal chunks of L/2N tokens, which are exact up to a row of remainder; rows that move without a
-window are exact. With a window the rows inside it are counted, without the gaps that an executor may send along.
+Everything is counted from the chunks of `planner.attention_cut`, which the executors use too. With a window the rows inside
+it are counted, without the gaps that an executor may send along.
 
-Symbols: N degree, L tokens of a document, c rows of a chunk, W window, n0 `KernelRate.efficient_rows`; *padded pairs* are
+Symbols: N degree, D documents that are cut, W window, n0 `KernelRate.efficient_rows`; *padded pairs* are
 pairs as if each segment had n0 more rows on both sides, which is the time of a kernel in units of one pair.
 """
 
@@ -14,86 +14,9 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.attention_work import AttentionWork, FloatArray, IntArray, ZigzagCut, visible_pairs
-
-# Which of a rank's chunks: its first ones travel apart from its second ones in some methods.
-FIRST_CHUNKS, SECOND_CHUNKS = 0, 1
-
-
-@dataclass(frozen=True)
-class Route:
-    """Rows of every owner on their way around the ring, ``[N, N + 1]`` by owner and hop; 0 at hops 0 and N.
-
-    Attributes:
-        direction: +1 sends to the next rank, -1 to the previous.
-        outbound: Rows that arrive at a hop: what this and all later visitors need.
-        collected: Rows that visitors up to and with this hop used.
-        touched: Rows that the visitor at this hop uses.
-    """
-
-    direction: int
-    outbound: FloatArray
-    collected: FloatArray
-    touched: FloatArray
-
-    def visitors(self, hop: int) -> IntArray:
-        """Return the rank where each owner's rows are at a hop, ``[N]``; the owner itself at 0 and N."""
-        degree = len(self.outbound)
-        return (np.arange(degree) + self.direction * hop) % degree
-
-
-@dataclass(frozen=True)
-class Bundles:
-    """Rows that others need, bundled where the same ranks need them; of what two ranks need, one needs a part.
-
-    Attributes:
-        owner: ``int64 [B]``.
-        part: ``int64 [B]``, `SECOND_CHUNKS` or, for all others, `FIRST_CHUNKS`.
-        rows: ``[B]``.
-        share: ``[B, N]``, share of the rows that each rank needs, 0 to 1; 0 for the owner.
-    """
-
-    owner: IntArray
-    part: IntArray
-    rows: FloatArray
-    share: FloatArray
-
-    def of_part(self, part: int) -> Bundles:
-        """Return the bundles of a part."""
-        kept = self.part == part
-        return Bundles(self.owner[kept], self.part[kept], self.rows[kept], self.share[kept])
-
-    @cached_property
-    def needed(self) -> FloatArray:
-        """``[N, N]``: rows of the owner (row) that a rank (column) needs."""
-        return self._by_owner(self.share)
-
-    def route(self, direction: int) -> Route:
-        """Return the way around the ring in a direction, +1 or -1."""
-        degree = self.share.shape[1]
-        visitors = (self.owner[:, None] + direction * np.arange(degree + 1)) % degree
-        touched = np.take_along_axis(self.share, visitors, axis=1)
-        outbound = np.maximum.accumulate(touched[:, ::-1], axis=1)[:, ::-1].copy()
-        outbound[:, 0] = 0.0
-        collected = np.maximum.accumulate(touched, axis=1)
-        collected[:, degree] = 0.0
-        return Route(direction, self._by_owner(outbound), self._by_owner(collected), self._by_owner(touched))
-
-    def least_route(self, *, with_return: bool) -> Route:
-        """Return the direction that moves fewer rows; +1 on a tie.
-
-        Args:
-            with_return: Count the rows collected on the way too, twice: sums are kept in a wider type.
-        """
-        routes = [self.route(direction) for direction in (1, -1)]
-        weight = 2.0 if with_return else 0.0
-        # A rounded sum must not decide a tie.
-        return min(routes, key=lambda route: round(float((route.outbound + weight * route.collected).sum()), 3))
-
-    def _by_owner(self, shares: FloatArray) -> FloatArray:
-        summed = np.zeros((self.share.shape[1], shares.shape[1]))
-        np.add.at(summed, self.owner, self.rows[:, None] * shares)
-        return summed
+from planner.attention_cut import ZigzagCut
+from planner.attention_routes import FIRST_CHUNKS, SECOND_CHUNKS, Bundles
+from planner.attention_work import AttentionWork, FloatArray, IntArray, visible_pairs
 
 
 @dataclass(frozen=True)
@@ -142,14 +65,14 @@ class Shards:
         """Keys that the queries of other ranks see."""
         if not self._causal:
             return _full_bundles(self._key_cut, self._cut)
-        return self._causal_bundles(self._seen_share.T)
+        return self._causal_bundles(self._seen[1].T)
 
     @cached_property
     def queries(self) -> Bundles:
         """Queries that see keys of other ranks."""
         if not self._causal:
             return _full_bundles(self._cut, self._key_cut)
-        return self._causal_bundles(self._seen_share)
+        return self._causal_bundles(self._seen[0])
 
     @cached_property
     def documents(self) -> float:
@@ -163,37 +86,44 @@ class Shards:
         Args:
             part: Only keys of this part; `None`: all.
         """
-        if self.window is not None:
-            return self._windowed_pairs(part)
-        work = self._causal_pairs() if self._causal else self._full_pairs()
-        if part is None:
-            return work
-        share = np.full((self.degree, self.degree), 0.5)
-        if self._causal:
-            # Ranks before the query rank give their first chunks only.
-            ranks = np.arange(self.degree)
-            share[ranks[:, None] > ranks] = 1.0 if part == FIRST_CHUNKS else 0.0
-        return KernelWork(work.padded_pairs * share, np.where(share > 0, work.num_calls, 0.0))
+        if not self._causal:
+            padded = self._full_sides(self._cut.rows) @ self._full_sides(self._key_rows_of(part)).T
+            return KernelWork(padded, (padded > 0).astype(np.float64))
+        return self._causal_pairs(part) if self.window is None else self._windowed_pairs(part)
 
     def gathered(self) -> KernelWork:
         """Return the work of each rank, ``[N]``, where all keys of a query piece are one segment, in one call."""
         if not self._causal:
-            padded = self._full_sides(self._cut) @ (self._key_cut.lengths + self._n0)
+            padded = self._full_sides(self._cut.rows) @ (self._key_cut.lengths + self._n0)
         else:
-            chunks, places = self._chunks, np.arange(2 * self.degree)[:, None]
-            pairs = self._visible((places + 1) * chunks) - self._visible(places * chunks)
-            keys = (places + 1) * chunks
+            pairs = self._visible(self._stops) - self._visible(self._starts)
+            keys = self._stops
             if self.window is not None:
-                keys = np.minimum(keys, chunks + self.window - 1)
-            by_chunk = self._padded(pairs, chunks, keys).sum(axis=1)
-            padded = by_chunk[: self.degree] + by_chunk[self.degree :][::-1] + self._whole_pairs
+                keys = np.minimum(keys, self._chunks + self.window - 1)
+            padded = self._by_query_rank(self._padded(pairs, self._chunks, keys).sum(axis=1)) + self._whole_pairs
         return KernelWork(padded, (padded > 0).astype(np.float64))
 
     @cached_property
     def _chunks(self) -> FloatArray:
-        """Rows of a chunk of each document that is cut."""
-        chunks: FloatArray = self._cut.lengths[self._cut.is_cut] / (2 * self.degree)
-        return chunks
+        """``[2N, D]``: rows of each chunk."""
+        return self._cut.chunk_rows[self._cut.is_cut].T.astype(np.float64)
+
+    @cached_property
+    def _stops(self) -> FloatArray:
+        """``[2N, D]``: one past the last position of each chunk."""
+        stops: FloatArray = np.cumsum(self._chunks, axis=0)
+        return stops
+
+    @cached_property
+    def _starts(self) -> FloatArray:
+        """``[2N, D]``: first position of each chunk."""
+        return self._stops - self._chunks
+
+    @cached_property
+    def _ranks(self) -> IntArray:
+        """``int64 [2N]``: the rank of each chunk."""
+        chunks = np.arange(2 * self.degree)
+        return np.minimum(chunks, 2 * self.degree - 1 - chunks)
 
     @cached_property
     def _whole_pairs(self) -> FloatArray:
@@ -201,22 +131,25 @@ class Shards:
         rows = self._cut.whole_rows.astype(np.float64)
         return _row_sums(self._padded(self._visible(rows, rows), rows, rows))
 
-    @cached_property
-    def _seen_rows(self) -> FloatArray:
-        """``[2N, cut documents]``: keys of a chunk that the queries of the chunk d later see, and the other way round."""
-        behind = np.arange(2 * self.degree)[:, None]
-        if self.window is None:
-            return np.broadcast_to(self._chunks, (2 * self.degree, len(self._chunks)))
-        rows = np.clip(self.window - 1 - (behind - 1) * self._chunks, 0.0, self._chunks)
-        return np.where(behind == 0, self._chunks, rows)
+    def _seen_rows(self, chunk: int) -> tuple[FloatArray, FloatArray]:
+        """``[2N, D]`` each: rows of a query chunk that see something of each key chunk, and keys of each that it sees."""
+        reach = np.inf if self.window is None else self.window - 1
+        is_before = np.arange(2 * self.degree)[:, None] < chunk
+        start, stop = self._starts[chunk], self._stops[chunk]
+        queries = np.clip(np.minimum(stop, self._stops + reach) - start, 0.0, None)
+        keys = np.clip(self._stops - np.maximum(self._starts, start - reach), 0.0, None)
+        return np.where(is_before, queries, 0.0), np.where(is_before, keys, 0.0)
 
     @cached_property
-    def _seen_share(self) -> FloatArray:
-        """``[2N, 2N]``: share of the rows of key chunk (column) that query chunk (row) sees, and the other way round."""
-        all_rows = float(self._chunks.sum())
-        behind = _chunks_behind(self.degree)
-        shares = self._seen_rows.sum(axis=1) / all_rows if all_rows else np.zeros(2 * self.degree)
-        return np.where(behind > 0, shares[behind], 0.0)
+    def _seen(self) -> tuple[FloatArray, FloatArray]:
+        """``[2N, 2N]`` each, by query chunk and key chunk: share of the query rows that see keys, and of the keys seen."""
+        num_chunks = 2 * self.degree
+        rows = self._chunks.sum(axis=1)
+        queries, keys = np.zeros((num_chunks, num_chunks)), np.zeros((num_chunks, num_chunks))
+        for chunk in range(num_chunks):
+            seeing, seen = self._seen_rows(chunk)
+            queries[chunk], keys[chunk] = seeing.sum(axis=1), seen.sum(axis=1)
+        return queries / np.maximum(rows, 1.0)[:, None], keys / np.maximum(rows, 1.0)
 
     def _visible(self, queries: FloatArray, keys: FloatArray | None = None) -> FloatArray:
         if keys is not None and not self._causal:
@@ -233,67 +166,74 @@ class Shards:
         degree = self.degree
         chunks = np.arange(2 * degree)
         share = np.maximum(share_by_chunk[:, :degree], share_by_chunk[:, degree:][:, ::-1])
-        owner = np.minimum(chunks, 2 * degree - 1 - chunks)
-        share[chunks, owner] = 0.0
-        rows = self._cut.chunk_rows.sum(axis=0).astype(np.float64)
-        return Bundles(owner, chunks // degree, rows, share)
+        share[chunks, self._ranks] = 0.0
+        return Bundles(self._ranks, chunks // degree, self._chunks.sum(axis=1), share)
 
-    def _causal_pairs(self) -> KernelWork:
+    def _by_query_rank(self, by_chunk: FloatArray) -> FloatArray:
+        """Sums over the two chunks of each rank, along the first axis."""
+        return by_chunk[: self.degree] + by_chunk[self.degree :][::-1]
+
+    def _is_of_part(self, part: int | None) -> FloatArray:
+        """``[2N, 1]``: 1 for a chunk of the part, 0 for others."""
+        chunks = np.arange(2 * self.degree)[:, None]
+        return np.ones(chunks.shape) if part is None else (chunks // self.degree == part).astype(np.float64)
+
+    def _causal_pairs(self, part: int | None) -> KernelWork:
         """Keys of one rank that a query chunk sees are one segment."""
-        chunks = self._chunks
-        squares, triangles = chunks**2, chunks * (chunks + 1) / 2
-        one_chunk = float(self._padded(squares, chunks, chunks).sum())
-        two_chunks = float(self._padded(2 * squares, chunks, 2 * chunks).sum())
-        ranks = np.arange(self.degree)
-        padded = np.where(ranks[:, None] > ranks, 2 * one_chunk, two_chunks)
-        own = self._padded(triangles, chunks, chunks) + self._padded(squares + triangles, chunks, 2 * chunks)
-        np.fill_diagonal(padded, own.sum() + self._whole_pairs)
+        num_chunks, is_of_part = 2 * self.degree, self._is_of_part(part)
+        padded = np.zeros((num_chunks, self.degree))
+        for chunk in range(num_chunks):
+            queries, rank = self._chunks[chunk], self._ranks[chunk]
+            keys = self._by_query_rank(self._chunks * is_of_part * (np.arange(num_chunks)[:, None] < chunk))
+            pairs = keys * queries
+            keys[rank] += queries * is_of_part[chunk]
+            pairs[rank] += queries * (queries + 1) / 2 * is_of_part[chunk]
+            padded[chunk] = self._padded(pairs, np.broadcast_to(queries, keys.shape), keys).sum(axis=1)
+        padded = self._by_query_rank(padded)
+        if part != SECOND_CHUNKS:
+            padded += np.diag(self._whole_pairs)
         return KernelWork(padded, (padded > 0).astype(np.float64))
 
     def _windowed_pairs(self, part: int | None) -> KernelWork:
         """Where a window ends inside keys, each pair of pieces is a call of its own."""
-        chunks, num_chunks = self._chunks, 2 * self.degree
-        visible = self._visible(np.arange(num_chunks + 1)[:, None] * chunks)
-        before = np.concatenate([visible[:1], visible[:-2]])
-        pairs = np.maximum(visible[1:] - 2 * visible[:-1] + before, 0.0)
-        pairs[0] = visible[1]
-        rows = self._seen_rows
-        padded = self._padded(pairs, rows, rows).sum(axis=1)
-        banded = (np.arange(1, num_chunks + 1)[:, None] * chunks > (self.window or np.inf)) & (pairs > 0)
-        calls = banded.sum(axis=1) + (~banded & (pairs > 0)).any(axis=1)
-        padded_pairs, num_calls = (self._by_ranks(values.astype(np.float64), part) for values in (padded, calls))
+        num_chunks, is_of_part = 2 * self.degree, self._is_of_part(part)[:, 0]
+        padded, calls = np.zeros((num_chunks, num_chunks)), np.zeros((num_chunks, num_chunks))
+        for chunk in range(num_chunks):
+            start, stop = self._starts[chunk], self._stops[chunk]
+            pairs = self._pairs_before(stop, self._stops) - self._pairs_before(start, self._stops)
+            pairs -= self._pairs_before(stop, self._starts) - self._pairs_before(start, self._starts)
+            queries, keys = self._seen_rows(chunk)
+            queries[chunk], keys[chunk] = self._chunks[chunk], self._chunks[chunk]
+            padded[chunk] = self._padded(pairs, queries, keys).sum(axis=1)
+            is_banded = (pairs > 0) & (stop - self._starts > (self.window or np.inf))
+            calls[chunk] = is_banded.sum(axis=1) + ((pairs > 0) & ~is_banded).any(axis=1)
+        padded, calls = (
+            self._by_query_rank(self._by_query_rank((values * is_of_part).T).T) for values in (padded, calls)
+        )
         if part != SECOND_CHUNKS:
-            padded_pairs += np.diag(self._whole_pairs)
-            num_calls += np.diag((self._whole_pairs > 0).astype(np.float64))
-        return KernelWork(padded_pairs, num_calls)
+            padded += np.diag(self._whole_pairs)
+            calls += np.diag((self._whole_pairs > 0).astype(np.float64))
+        return KernelWork(padded, calls)
 
-    def _by_ranks(self, by_distance: FloatArray, part: int | None) -> FloatArray:
-        """``[N, N]`` from values by how many chunks the keys are behind the queries."""
-        behind = _chunks_behind(self.degree)
-        by_chunk = np.where(behind >= 0, by_distance[behind], 0.0)
-        by_query_rank = by_chunk[: self.degree] + by_chunk[self.degree :][::-1]
-        first, second = by_query_rank[:, : self.degree], by_query_rank[:, self.degree :][:, ::-1]
-        parts: tuple[FloatArray, ...] = (first.copy(), second.copy())
-        return parts[0] + parts[1] if part is None else parts[part]
+    def _pairs_before(self, query: FloatArray, key: FloatArray) -> FloatArray:
+        """Pairs of a document's queries before a position with its keys before another."""
+        return self._visible(np.broadcast_to(query, key.shape)) - self._visible(np.maximum(query - key, 0.0))
 
-    def _full_pairs(self) -> KernelWork:
-        padded = self._full_sides(self._cut) @ self._full_sides(self._key_cut).T
-        return KernelWork(padded, (padded > 0).astype(np.float64))
+    def _key_rows_of(self, part: int | None) -> IntArray:
+        """``[N, documents]``: key rows of each rank, or those of a part."""
+        if part is None:
+            return self._key_cut.rows
+        first, second = np.split(self._key_cut.chunk_rows, 2, axis=1)
+        return first.T + self._key_cut.whole_rows if part == FIRST_CHUNKS else second[:, ::-1].T
 
-    def _full_sides(self, cut: ZigzagCut) -> FloatArray:
+    def _full_sides(self, rows: IntArray) -> FloatArray:
         """``[N, documents]``: rows of each rank, padded."""
-        return cut.rows + self._n0 * (cut.rows > 0)
+        return rows + self._n0 * (rows > 0)
 
 
 def _row_sums(values: FloatArray | IntArray) -> FloatArray:
     sums: FloatArray = values.sum(axis=1).astype(np.float64)
     return sums
-
-
-def _chunks_behind(degree: int) -> IntArray:
-    """``[2N, 2N]``: how many chunks the key chunk (column) is before the query chunk (row)."""
-    chunks = np.arange(2 * degree)
-    return chunks[:, None] - chunks
 
 
 def _full_bundles(own: ZigzagCut, other: ZigzagCut) -> Bundles:

@@ -14,7 +14,8 @@ import numpy as np
 
 from planner.attention_heads import head_groups, trading_neighbours
 from planner.attention_pass import AttentionPass, Step
-from planner.attention_shards import FIRST_CHUNKS, SECOND_CHUNKS, KernelWork, Route, Shards
+from planner.attention_routes import FIRST_CHUNKS, SECOND_CHUNKS, Route
+from planner.attention_shards import KernelWork, Shards
 from planner.attention_work import AttentionWork, FloatArray, IntArray
 
 # Read the one, write the other.

@@ -1,4 +1,4 @@
-"""What one call of parallel attention has to do, in pure numbers: pairs, FLOPs, and how documents are cut over ranks.
+"""What one call of parallel attention has to do, in pure numbers: pairs and FLOPs.
 
 Nothing here knows a method or a link; see `planner.attention_steps` for what each method moves.
 
@@ -7,14 +7,14 @@ Symbols: N degree, L tokens of a document, W window; a *pair* is one query and o
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.attention_cut import ZigzagCut, zigzag_cut
 from planner.errors import PlanError
 from planner.strict_json import as_int
 
@@ -25,89 +25,6 @@ IntArray = NDArray[np.int64]
 FORWARD_FLOPS_PER_PAIR = 4
 # Five products instead of two: the scores again, and the gradients of weights, values, queries and keys.
 BACKWARD_FACTOR = 2.5
-
-
-@dataclass(frozen=True)
-class ZigzagCut:
-    """Which rank holds how many rows of every document.
-
-    Attributes:
-        chunk_rows: ``int64 [documents, 2N]``; rank r holds chunks r and 2N-1-r. Zeros where a document stays whole.
-        whole_rank: ``int64 [documents]``: the rank that holds all of it, or -1 where it is cut.
-        lengths: ``int64 [documents]``.
-    """
-
-    chunk_rows: IntArray
-    whole_rank: IntArray
-    lengths: IntArray
-
-    @property
-    def degree(self) -> int:
-        """Ranks that documents are cut for."""
-        return int(self.chunk_rows.shape[1]) // 2
-
-    @property
-    def is_cut(self) -> NDArray[np.bool_]:
-        """``[documents]``: whether a document is cut."""
-        return self.whole_rank < 0
-
-    @cached_property
-    def whole_rows(self) -> IntArray:
-        """``int64 [N, documents]``: rows of whole documents on each rank."""
-        on_rank = self.whole_rank == np.arange(self.degree)[:, None]
-        return np.where(on_rank, self.lengths, 0)
-
-    @cached_property
-    def rows(self) -> IntArray:
-        """``int64 [N, documents]``: rows of each document on each rank."""
-        first, second = np.split(self.chunk_rows, 2, axis=1)
-        return np.ascontiguousarray((first + second[:, ::-1]).T + self.whole_rows)
-
-    def coarsened(self, factor: int) -> ZigzagCut:
-        """Return the cut of groups of `factor` neighbouring ranks that hold their rows together.
-
-        Args:
-            factor: A divisor of the degree.
-        """
-        documents, chunks = self.chunk_rows.shape
-        joined = self.chunk_rows.reshape(documents, chunks // factor, factor).sum(axis=2)
-        whole_rank = np.where(self.is_cut, -1, self.whole_rank // factor)
-        return ZigzagCut(joined, whole_rank, self.lengths)
-
-
-def zigzag_cut(lengths: Sequence[int], degree: int) -> ZigzagCut:
-    """Cut each document into 2N nearly equal chunks; one with fewer than 2N tokens stays whole on one rank.
-
-    Whole documents go, longest first, to the rank that holds least; remainders likewise, so ranks stay level.
-
-    Args:
-        lengths: Tokens of every document, each at least 1.
-        degree: Ranks of the group; 1 cuts nothing.
-    """
-    num_chunks = 2 * degree
-    tokens = np.asarray(lengths, dtype=np.int64)
-    chunk_rows = np.zeros((len(tokens), num_chunks), dtype=np.int64)
-    if degree == 1:
-        return ZigzagCut(chunk_rows, np.zeros(len(tokens), dtype=np.int64), tokens)
-    whole_rank = np.full(len(tokens), -1, dtype=np.int64)
-    heap = [(0, rank) for rank in range(degree)]
-    for document in sorted(np.flatnonzero(tokens < num_chunks).tolist(), key=lambda document: -lengths[document]):
-        load, rank = heapq.heappop(heap)
-        whole_rank[document] = rank
-        heapq.heappush(heap, (load + int(tokens[document]), rank))
-    loads = np.zeros(degree, dtype=np.int64)
-    for load, rank in heap:
-        loads[rank] = load
-    for document in np.flatnonzero(whole_rank < 0).tolist():
-        base, remainder = divmod(int(tokens[document]), num_chunks)
-        chunk_rows[document] = base
-        by_load = np.argsort(loads, kind="stable")
-        first, second = by_load[:remainder], by_load[: max(0, remainder - degree)]
-        chunk_rows[document, first] += 1
-        chunk_rows[document, num_chunks - 1 - second] += 1
-        loads[first] += 1
-        loads[second] += 1
-    return ZigzagCut(chunk_rows, whole_rank, tokens)
 
 
 def visible_pairs(num_tokens: FloatArray, window: int | None) -> FloatArray:

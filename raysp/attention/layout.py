@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from planner.attention_cut import zigzag_cut
 from raysp.errors import InputError
 
 ORDERS = ("zigzag", "contiguous")
@@ -45,10 +46,11 @@ class Part:
 class SequenceLayout:
     """How documents are cut over the ranks of one SP group.
 
-    ``zigzag`` cuts a document into 2N nearly equal chunks and gives rank r chunks r and 2N-1-r, which levels causal
-    work. Each rank stores all first chunks, then all second chunks. Documents with fewer than 2N tokens stay whole on
-    one rank, stored last. Remainders go to the ranks that hold least, so ranks stay level. ``contiguous`` cuts the
-    concatenation of the documents into N nearly equal runs. At degree 1 the local order is the natural one.
+    ``zigzag`` cuts the longest documents into 2N chunks and gives rank r chunks r and 2N-1-r, which levels causal work.
+    The others stay whole, each on one rank, as many as leave all ranks level in tokens, to the row, and in work
+    (``planner.attention_cut``). Each rank stores all first chunks, then all second chunks, then whole documents. In cross
+    attention, whose key lengths the layout of the queries does not know, ranks may differ more in work. ``contiguous``
+    cuts the concatenation of the documents into N nearly equal runs. At degree 1 the local order is the natural one.
 
     Args:
         lengths: Tokens of every document, each at least 1.
@@ -213,30 +215,14 @@ def _contiguous_pieces(lengths: Sequence[int], degree: int) -> list[list[list[_P
 
 
 def _zigzag_pieces(lengths: Sequence[int], degree: int) -> list[list[list[_Piece]]]:
-    num_chunks = 2 * degree
-    # Cutting below one token per chunk would only add traffic; at degree 1 nothing is cut and order stays natural.
-    whole = [document for document, length in enumerate(lengths) if degree == 1 or length < num_chunks]
-    loads = [0] * degree
+    cut = zigzag_cut(lengths, degree)
     pieces: list[list[list[_Piece]]] = [[[], [], []] for _ in range(degree)]
-    for document in sorted(whole, key=lambda document: -lengths[document]):
-        rank = min(range(degree), key=loads.__getitem__)
-        loads[rank] += lengths[document]
-        pieces[rank][2].append((document, 0, lengths[document]))
-    for parts_of_rank in pieces:
-        parts_of_rank[2].sort()
-    kept_whole = set(whole)
-    for document, length in enumerate(lengths):
-        if document in kept_whole:
+    for document, (rank, rows) in enumerate(zip(cut.whole_rank.tolist(), cut.chunk_rows.tolist(), strict=True)):
+        if rank >= 0:
+            pieces[rank][2].append((document, 0, lengths[document]))
             continue
-        base, remainder = divmod(length, num_chunks)
-        sizes = [base] * num_chunks
-        by_load = sorted(range(degree), key=loads.__getitem__)
-        for extra in range(remainder):
-            rank = by_load[extra % degree]
-            sizes[rank if extra < degree else num_chunks - 1 - rank] += 1
-            loads[rank] += 1
-        bounds = [0, *accumulate(sizes)]
-        for chunk in range(num_chunks):
-            rank, part = (chunk, 0) if chunk < degree else (num_chunks - 1 - chunk, 1)
-            pieces[rank][part].append((document, bounds[chunk], bounds[chunk + 1]))
+        bounds = [0, *accumulate(rows)]
+        for chunk in range(2 * degree):
+            holder, part = (chunk, 0) if chunk < degree else (2 * degree - 1 - chunk, 1)
+            pieces[holder][part].append((document, bounds[chunk], bounds[chunk + 1]))
     return pieces

@@ -72,7 +72,10 @@ def test_methods_equal_full_attention_on_contiguous_shards(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("lengths", [(257, 5, 100, 3, 1, 61), (331,), (3, 2, 7, 5)])
+# In the last most stay whole, and the chunks of the longest make up for that.
+@pytest.mark.parametrize(
+    "lengths", [(257, 5, 100, 3, 1, 61), (331,), (3, 2, 7, 5), (60, 2000, 66, 70, 64, 58, 61, 62, 1)]
+)
 def test_methods_equal_full_attention_on_other_packings(
     gloo_pool: GlooPool, causal: bool, lengths: tuple[int, ...]
 ) -> None:

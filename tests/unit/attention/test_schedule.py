@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner import AttentionWork
+from planner.attention_shards import Shards
 from raysp.attention import SequenceLayout
 from raysp.attention.blocks import NO_ROWS, Block, Rows, Segments
 from raysp.attention.itinerary import Itinerary, least_itinerary
@@ -245,3 +250,42 @@ def test_segment_bounds_are_kept_on_a_device() -> None:
     assert segments.on(torch.device("cpu")) is segments.on(torch.device("cpu"))
     assert segments.on(torch.device("cpu"))[1].tolist() == [0, 1, 7]
     assert (segments.max_q, segments.max_k) == (3, 6)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.one_of(st.integers(1, 30), st.integers(60, 150)), min_size=1, max_size=9),
+    st.integers(2, 5),
+    st.none() | st.integers(1, 90),
+    st.sampled_from([1, 2]),
+)
+def test_the_planner_counts_the_work_and_the_rows_of_the_schedule(
+    lengths: list[int], degree: int, window: int | None, merged: int
+) -> None:
+    schedule = schedule_of(SequenceLayout(lengths, degree * merged).coarsened(merged), DocumentMask(True, window))
+    work = AttentionWork(
+        degree=degree * merged, num_heads=1, num_key_heads=1, head_size=1, lengths=tuple(lengths), window=window
+    )
+    shards = Shards(work, 0.0, merged=merged)
+    for part in (None, 0, 1):
+        counted = shards.pairs(part).padded_pairs
+        for query_rank, key_rank in itertools.product(range(degree), repeat=2):
+            blocks = [
+                block
+                for one in ((0, 2) if part == 0 else (part,))
+                for block in schedule.pair(query_rank, key_rank, one)
+            ]
+            assert counted[query_rank, key_rank] == pytest.approx(sum(map(pairs_of, blocks)), abs=1e-6)
+    gathered = [sum(map(pairs_of, schedule.gathered(rank).blocks)) for rank in range(degree)]
+    assert shards.gathered().padded_pairs == pytest.approx(np.array(gathered), abs=1e-6)
+    if window is None:
+        for owner, other in itertools.permutations(range(degree), 2):
+            assert shards.keys.needed[owner, other] == len(schedule.rows_used(other, owner, side="keys"))
+            assert shards.queries.needed[owner, other] == len(schedule.rows_used(owner, other, side="queries"))
+
+
+def pairs_of(block: Block) -> int:
+    return sum(
+        int(visible_keys(rows.stop - rows.start, keys.stop - keys.start, block.mask, CPU).sum())
+        for rows, keys in block.segments.pieces()
+    )

@@ -293,7 +293,7 @@ def test_where_the_host_decides_fewer_calls_win() -> None:
     by_host = {time.method: time for time in times_of(work, FAST, slow_host)}
     decision = choose(work, FAST, slow_host)
     assert decision.forward == "all_gather"
-    assert 1.3 < by_host["ring"].forward_s / by_host["all_gather"].forward_s < 2.0
+    assert 1.3 < by_host["ring"].forward_s / by_host["all_gather"].forward_s < 2.1
     assert "waiting for the host" in decision.explain()
     # Long documents hide the host.
     assert choose(make_work(2, rows=65536), FAST, slow_host).times == tuple(
