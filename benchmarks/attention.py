@@ -49,7 +49,8 @@ from benchmarks.attention_cases import (  # noqa: E402
     speed_cases,
 )
 from benchmarks.attention_launch import measure_link  # noqa: E402
-from benchmarks.attention_report import markdown, plot, show_targets, simulation_rows  # noqa: E402
+from benchmarks.attention_report import markdown, plot, show_targets  # noqa: E402
+from benchmarks.attention_simulation import HARDWARE, plot_simulation, simulate  # noqa: E402
 from benchmarks.attention_targets import judged, targets  # noqa: E402
 
 
@@ -58,13 +59,13 @@ def main() -> None:
     console = Console(width=max(150, Console().width))
     arguments.output.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
-        "hardware": _hardware(arguments.device),
+        "hardware": HARDWARE if arguments.simulate else _hardware(arguments.device),
         "commit": arguments.commit or _commit(),
         "command": " ".join(["python", *sys.argv]),
         "torch": torch.__version__,
     }
     if arguments.simulate:
-        result["simulation"] = simulation_rows(console)
+        result["simulation"] = simulate(console)
     else:
         result |= _measured(arguments, console)
     base = arguments.output / f"attention_{arguments.name}"
@@ -73,6 +74,9 @@ def main() -> None:
     written = ".json, .md"
     if any("both_s" in row for row in result.get("rows", ())):
         plot(result, base.with_suffix(".png"))
+        written += ", .png"
+    if arguments.simulate:
+        plot_simulation(result["simulation"], base.with_suffix(".png"))
         written += ", .png"
     console.print(f"written to {base}{written}")
 

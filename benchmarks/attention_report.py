@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.attention_cases import DENSE, ERROR, MEMORY, SPEED, tokens_text
+from benchmarks.attention_simulation import simulation_markdown
 from benchmarks.attention_targets import Target, case_key
 
 Row = dict[str, Any]
@@ -59,7 +59,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The whole result as a document."""
     lines = [f"`{result['command']}` at {result['commit']} on {result['hardware']}; torch {result['torch']}.", ""]
     if "simulation" in result:
-        return "\n".join([*lines, *_simulation_lines(result["simulation"])]) + "\n"
+        return "\n".join([*lines, *simulation_markdown(result["simulation"])]) + "\n"
     for link, speed in result["links"].items():
         if speed:
             rate, latency = speed["bytes_per_s"] / 2**30, speed["latency_s"] * 1e6
@@ -131,27 +131,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def simulation_rows(console: Console) -> list[dict[str, Any]]:
-    """Predicted times of all methods on 4 to 64 ranks of four topologies, shown and returned.
-
-    Raises:
-        SystemExit: This version of the planner has no simulation.
-    """
-    try:
-        module = importlib.import_module("benchmarks.attention_simulation")
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"the simulation needs {error.name}, which is not here.") from error
-    rows: list[dict[str, Any]] = module.simulate(console)
-    return rows
-
-
-def _simulation_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    if not rows:
-        return ["Nothing simulated."]
-    headings = list(rows[0])
-    return _markdown_table(headings, ([_number(row[name]) for name in headings] for row in rows))
-
-
 def _by_case(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     cases: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -203,10 +182,6 @@ def _ratio(value: float | None) -> str:
 
 def _megabytes(value: float | None) -> str:
     return f"{value / 1e6:.1f}" if value else "-"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
