@@ -279,8 +279,8 @@ def _markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}` at {result['commit']} on {result['hardware']}; torch {result['torch']}.",
         "",
         f"One document over {result['degree']} ranks, forward and backward, {result['num_heads']} heads of "
-        f"{result['key_size']} x {result['value_size']}, {result['dtype']}, kernel {result['kernel']}; medians of {result['rounds']} interleaved "
-        "measurements, of the slowest rank. `share`: the local operator's time for one rank's tokens / time. `sent`: by the "
+        f"{result['key_size']} x {result['value_size']}, {result['dtype']}, kernel {result['kernel']}; medians of "
+        f"{result['rounds']} interleaved measurements, of the slowest rank. `share`: the local operator's time for one rank's tokens / time. `sent`: by the "
         "rank that sends most.",
     ]
     cases = dict.fromkeys((row["family"], row["num_tokens"]) for row in result["rows"])

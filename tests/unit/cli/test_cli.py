@@ -359,7 +359,7 @@ def test_doctor_finds_what_is_installed_and_says_how_to_get_the_rest(raysp):
     for finding in found.values():
         assert (finding["found"] is None) == bool(finding["remedy"]), finding
     assert {"CUDA", "NCCL", "CBC (solver)", "flash-attn", "flash-attn-4", "liger-kernel"} <= found.keys()
-    assert {"flash-linear-attention", "Ray token", "transformers", "tokenizers"} <= found.keys()
+    assert {"fla-core", "Ray token", "transformers", "tokenizers"} <= found.keys()
     shown = raysp("doctor")
     assert shown.code == 0
     assert "torch" in shown.out
