@@ -8,6 +8,9 @@ One document over all ranks. Each case measures its rows in turns, forward and b
 ``share`` is the time that the local operator alone takes for one rank's share of the tokens, divided by the row's time: the
 work is linear in the tokens, so this is the part of the unsharded operator's tokens per second and rank that is left.
 
+``fla cp`` is flash-linear-attention's own context parallelism (delta family, CUDA, where fla-core is installed); where its
+kernels for decays of heads are refused, as on Hopper under older Triton, it gets the same decays by channel.
+
 Writes ``benchmarks/results/linear_attention_<name>.{json,md,png}``.
 """
 
@@ -25,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +59,7 @@ FAMILIES = {
     "kda": ("delta", "key"),
 }
 METHODS = ("lasp2", "lasp1", "zeco", "ulysses")
-ALONE, RING = "one rank's share", "ring of rows"
+ALONE, RING, FLA = "one rank's share", "ring of rows", "fla cp"
 _HEADINGS = ("row", "ms", "share", "tokens/s", "sent MB", "peak MB")
 
 
@@ -167,6 +171,8 @@ def _measure_case(
             inputs["q"], inputs["k"], inputs["v"], decay_rows, inputs["beta"], rule, scale, group, make
         ),
     }
+    if device.type == "cuda" and rule == "delta" and find_spec("fla"):
+        runs[FLA] = _fla_context_parallel(inputs, num_tokens, group)
     rows = [_row(name, run, inputs, group, device) for name, run in runs.items()]
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(task.rounds):
@@ -179,6 +185,29 @@ def _measure_case(
     for row in rows:
         row["share"] = alone_s / row["time_s"]
     return rows
+
+
+def _fla_context_parallel(inputs: dict[str, Any], num_tokens: int, group: Communicator) -> Callable[[], Tensor]:
+    from fla.ops.cp import build_cp_context
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.kda import chunk_kda
+
+    from raysp.linear_attention.fla_operator import needs_channels
+
+    starts = torch.tensor([0, num_tokens])
+    context = build_cp_context(starts.to(inputs["q"].device), group.process_group, cu_seqlens_cpu=starts)
+
+    def run() -> Tensor:
+        q, k, v, beta = (inputs[name].unsqueeze(0) for name in ("q", "k", "v", "beta"))
+        decay = inputs["log_decay"]
+        decay = torch.zeros(q.shape[1:3], device=q.device) if decay is None else decay
+        if decay.dim() == 2 and needs_channels():
+            decay = decay.unsqueeze(-1).expand(-1, -1, q.shape[3])
+        op = chunk_gated_delta_rule if decay.dim() == 2 else chunk_kda
+        out, _ = op(q, k, v, decay.unsqueeze(0).contiguous(), beta, cu_seqlens=context.cu_seqlens, cp_context=context)
+        return out[0]
+
+    return run
 
 
 def _inputs(family: str, local: int, task: Task, device: torch.device) -> dict[str, Any]:
@@ -280,8 +309,8 @@ def _markdown(result: dict[str, Any]) -> str:
         "",
         f"One document over {result['degree']} ranks, forward and backward, {result['num_heads']} heads of "
         f"{result['key_size']} x {result['value_size']}, {result['dtype']}, kernel {result['kernel']}; medians of "
-        f"{result['rounds']} interleaved measurements, of the slowest rank. `share`: the local operator's time for one rank's tokens / time. `sent`: by the "
-        "rank that sends most.",
+        f"{result['rounds']} interleaved measurements, of the slowest rank. `share`: the local operator's time for one "
+        "rank's tokens / time. `sent`: by the rank that sends most.",
     ]
     cases = dict.fromkeys((row["family"], row["num_tokens"]) for row in result["rows"])
     for case in cases:

@@ -37,7 +37,7 @@ class FlaOperator:
 
     def __init__(self, inputs: LocalInputs) -> None:
         self._inputs = inputs
-        self._as_channels = inputs.log_decay is not None and inputs.log_decay.dim() == 2 and _needs_channels()
+        self._as_channels = inputs.log_decay is not None and inputs.log_decay.dim() == 2 and needs_channels()
         last = len(inputs.piece_lengths)
         cuts = sorted({0, min(1, last), max(0, last - 1), last})
         bounds = [0, *itertools.accumulate(inputs.piece_lengths)]
@@ -105,7 +105,7 @@ class FlaOperator:
         return self._made[index]
 
 
-def _needs_channels() -> bool:
+def needs_channels() -> bool:
     """Whether fla refuses its backward kernel for decays of heads: on Hopper under Triton 3.4 to 3.7.0 it is wrong there."""
     from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0
     from fla.utils import TRITON_ABOVE_3_7_1 as IS_MENDED
