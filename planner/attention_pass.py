@@ -20,9 +20,8 @@ HEAD_GROUPS = 1
 SUM_BYTES = 4
 # Read the sum, read the new part, write the sum.
 MERGE_PASSES = 3
-# Operations beside a kernel call where its keys do not lie in its order: keys and values are picked; in the backward their
-# gradients are also put back.
-PICKS_OF_CALL = {False: 2, True: 3}
+# Read the one, write the other.
+PERMUTE_PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -82,22 +81,25 @@ class AttentionPass:
         """No messages."""
         return np.zeros((self.degree, self.degree))
 
-    def kernel_load(self, work: KernelWork, num_heads: int, *, picks: int | None = None) -> FloatArray:
-        """Return the load of kernel calls on `num_heads` query heads, and of adding up what they give.
+    def kernel_load(self, work: KernelWork, num_heads: int, *, num_picks: int | None = None) -> FloatArray:
+        """Return the load of kernel calls on `num_heads` query heads, of picking their keys and adding up what they give.
 
         Args:
             work: The calls.
             num_heads: Query heads.
-            picks: Operations that bring keys into the order of a call; `None`: those of packed documents.
+            num_picks: Operations that a call's picking takes, if not one for each tensor.
         """
         pair_s = self.rate.pair_s(self.head_size, backward=self.backward)
+        key_bytes = 2 * self.row_bytes(num_heads * self.num_key_heads // self.num_heads)
+        # In the backward the gradients of picked keys are put back.
+        picked_bytes = PERMUTE_PASSES * work.picked_rows * key_bytes * (2 if self.backward else 1)
         device_s = work.num_calls * self.rate.launch_s + work.padded_pairs * (num_heads * pair_s)
-        if picks is None:
-            picks = PICKS_OF_CALL[self.backward] if self.shards.num_documents > 1 else 0
+        if num_picks is None:
+            num_picks = 3 if self.backward else 2
         # A result is merged; of gradients there are three.
-        operations = picks + (3 if self.backward else 1)
+        operations = (work.picked_rows > 0) * num_picks + (3 if self.backward else 1)
         call_s = self.rate.host.call_s(backward=self.backward) + operations * self.rate.host.row_operation_s
-        return np.stack([device_s, work.num_calls * call_s])
+        return np.stack([device_s + self.rate.copy_s(picked_bytes), work.num_calls * call_s])
 
     def merge_load(self, rows: FloatArray, num_heads: int, *, num_operations: int = 0) -> FloatArray:
         """Return the load of adding rows of `num_heads` heads to a sum, in operations not counted with a kernel call."""

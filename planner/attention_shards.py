@@ -26,10 +26,12 @@ class KernelWork:
     Attributes:
         padded_pairs: See the module.
         num_calls: Kernel calls for them.
+        picked_rows: Key rows that have to be brought into the order of the call.
     """
 
     padded_pairs: FloatArray
     num_calls: FloatArray
+    picked_rows: FloatArray
 
 
 class Shards:
@@ -88,20 +90,22 @@ class Shards:
         """
         if not self._causal:
             padded = self._full_sides(self._cut.rows) @ self._full_sides(self._key_rows_of(part)).T
-            return KernelWork(padded, (padded > 0).astype(np.float64))
+            return KernelWork(padded, (padded > 0).astype(np.float64), np.zeros(padded.shape))
         return self._causal_pairs(part) if self.window is None else self._windowed_pairs(part)
 
     def gathered(self) -> KernelWork:
         """Return the work of each rank, ``[N]``, where all keys of a query piece are one segment, in one call."""
         if not self._causal:
             padded = self._full_sides(self._cut.rows) @ (self._key_cut.lengths + self._n0)
+            read = self.keys.needed.sum(axis=0) + self.key_rows
         else:
             pairs = self._visible(self._stops) - self._visible(self._starts)
             keys = self._stops
             if self.window is not None:
                 keys = np.minimum(keys, self._chunks + self.window - 1)
             padded = self._by_query_rank(self._padded(pairs, self._chunks, keys).sum(axis=1)) + self._whole_pairs
-        return KernelWork(padded, (padded > 0).astype(np.float64))
+            read = self._by_query_rank(keys.sum(axis=1)) + _row_sums(self._cut.whole_rows)
+        return KernelWork(padded, (padded > 0).astype(np.float64), read)
 
     @cached_property
     def _chunks(self) -> FloatArray:
@@ -181,7 +185,7 @@ class Shards:
     def _causal_pairs(self, part: int | None) -> KernelWork:
         """Keys of one rank that a query chunk sees are one segment."""
         num_chunks, is_of_part = 2 * self.degree, self._is_of_part(part)
-        padded = np.zeros((num_chunks, self.degree))
+        padded, read = np.zeros((num_chunks, self.degree)), np.zeros((num_chunks, self.degree))
         for chunk in range(num_chunks):
             queries, rank = self._chunks[chunk], self._ranks[chunk]
             keys = self._by_query_rank(self._chunks * is_of_part * (np.arange(num_chunks)[:, None] < chunk))
@@ -189,10 +193,14 @@ class Shards:
             keys[rank] += queries * is_of_part[chunk]
             pairs[rank] += queries * (queries + 1) / 2 * is_of_part[chunk]
             padded[chunk] = self._padded(pairs, np.broadcast_to(queries, keys.shape), keys).sum(axis=1)
-        padded = self._by_query_rank(padded)
+            read[chunk] = keys.sum(axis=1)
+        padded, read = self._by_query_rank(padded), self._by_query_rank(read)
         if part != SECOND_CHUNKS:
             padded += np.diag(self._whole_pairs)
-        return KernelWork(padded, (padded > 0).astype(np.float64))
+            read += np.diag(self._cut.whole_rows.sum(axis=1))
+        # The two chunks of a single document lie side by side.
+        picked = read if self._cut.is_cut.sum() > 1 else np.zeros(read.shape)
+        return KernelWork(padded, (padded > 0).astype(np.float64), picked)
 
     def _windowed_pairs(self, part: int | None) -> KernelWork:
         """Where a window ends inside keys, each pair of pieces is a call of its own."""
@@ -213,7 +221,7 @@ class Shards:
         if part != SECOND_CHUNKS:
             padded += np.diag(self._whole_pairs)
             calls += np.diag((self._whole_pairs > 0).astype(np.float64))
-        return KernelWork(padded, calls)
+        return KernelWork(padded, calls, np.zeros(padded.shape))
 
     def _pairs_before(self, query: FloatArray, key: FloatArray) -> FloatArray:
         """Pairs of a document's queries before a position with its keys before another."""

@@ -13,13 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.attention_heads import head_groups, trading_neighbours
-from planner.attention_pass import AttentionPass, Step
+from planner.attention_pass import PERMUTE_PASSES, AttentionPass, Step
 from planner.attention_routes import FIRST_CHUNKS, SECOND_CHUNKS, Route
 from planner.attention_shards import KernelWork, Shards
 from planner.attention_work import AttentionWork, FloatArray, IntArray
 
-# Read the one, write the other.
-PERMUTE_PASSES = 2
 # Of one tensor that all ranks trade: its parts by rank, the own part, and the order of the rows.
 OPERATIONS_OF_TRADE = 3
 
@@ -36,8 +34,8 @@ class _Stream:
 
 def local_steps(call: AttentionPass) -> list[Step]:
     """Steps of a group of one."""
-    own = KernelWork(np.array([call.shards.documents]), np.ones(1))
-    return [Step(call.kernel_load(own, call.num_heads, picks=0), call.silence())]
+    own = KernelWork(np.array([call.shards.documents]), np.ones(1), np.zeros(1))
+    return [Step(call.kernel_load(own, call.num_heads), call.silence())]
 
 
 def ring_steps(call: AttentionPass) -> list[Step]:
@@ -95,12 +93,6 @@ def all_gather_steps(call: AttentionPass) -> list[Step]:
     """Steps of gathering keys by groups of heads; in the backward their gradients go home one group later."""
     groups = head_groups(call.num_heads, call.num_key_heads, call.head_groups)
     needed = call.shards.keys.needed
-    # Keys and values are picked in the order of the call; in the backward their gradients are put back.
-    rows = PERMUTE_PASSES * (needed.sum(axis=0) + call.shards.key_rows)
-    picked = [
-        call.copy_load(2 * rows * call.row_bytes(key_heads) * (2 if call.backward else 1), num_operations=0)
-        for key_heads, _ in groups
-    ]
     gathers = [needed * (2 * call.row_bytes(key_heads)) for key_heads, _ in groups]
     work = call.shards.gathered()
     gathers_then_silence = [*gathers[1:], call.silence()]
@@ -108,10 +100,10 @@ def all_gather_steps(call: AttentionPass) -> list[Step]:
 
     def kernel(num_heads: int) -> FloatArray:
         # Keys and values are picked in one operation, and put back in one.
-        return call.kernel_load(work, num_heads, picks=2 if call.backward else 1)
+        return call.kernel_load(work, num_heads, num_picks=2 if call.backward else 1)
 
     if not call.backward:
-        kernels = (kernel(heads) + copies for (_, heads), copies in zip(groups, picked, strict=True))
+        kernels = [kernel(heads) for _, heads in groups]
         return steps + [Step(*both) for both in zip(kernels, gathers_then_silence, strict=True)]
     widening = call.wide_bytes / call.element_bytes
     # Both sums of each other rank, and widening them.
@@ -120,7 +112,7 @@ def all_gather_steps(call: AttentionPass) -> list[Step]:
         call.merge_load(2 * needed.sum(axis=1), key_heads, num_operations=operations) for key_heads, _ in groups
     ]
     for index, (_, heads) in enumerate(groups):
-        load, messages = kernel(heads) + picked[index], gathers_then_silence[index]
+        load, messages = kernel(heads), gathers_then_silence[index]
         if index:
             load, messages = load + returned[index - 1], messages + gathers[index - 1].T * widening
         steps.append(Step(load, messages))
@@ -130,8 +122,8 @@ def all_gather_steps(call: AttentionPass) -> list[Step]:
 def ulysses_steps(call: AttentionPass) -> list[Step]:
     """Steps of trading tokens for heads, whole documents on a share of the heads, and trading back."""
     degree = call.degree
-    own = KernelWork(np.full(degree, call.shards.documents), np.ones(degree))
-    kernel = Step(call.kernel_load(own, call.num_heads // degree, picks=0), call.silence())
+    own = KernelWork(np.full(degree, call.shards.documents), np.ones(degree), np.zeros(degree))
+    kernel = Step(call.kernel_load(own, call.num_heads // degree), call.silence())
     return _between_trades(call, degree, [kernel])
 
 
@@ -204,7 +196,7 @@ def _own_load(call: AttentionPass, hop: int, *, last_exchange: bool) -> FloatArr
     if not (call.hides_last_return and last_exchange):
         first, last = (call.num_key_heads, call.num_heads), []
     work = call.shards.pairs()
-    own = KernelWork(np.diag(work.padded_pairs), np.diag(work.num_calls))
+    own = KernelWork(np.diag(work.padded_pairs), np.diag(work.num_calls), np.diag(work.picked_rows))
     return sum((call.kernel_load(own, heads) for _, heads in ([first] if hop == 0 else last)), call.idle())
 
 

@@ -268,7 +268,7 @@ def test_the_planner_counts_the_work_and_the_rows_of_the_schedule(
     )
     shards = Shards(work, 0.0, merged=merged)
     for part in (None, 0, 1):
-        counted = shards.pairs(part).padded_pairs
+        counted, picked = shards.pairs(part).padded_pairs, shards.pairs(part).picked_rows
         for query_rank, key_rank in itertools.product(range(degree), repeat=2):
             blocks = [
                 block
@@ -276,8 +276,13 @@ def test_the_planner_counts_the_work_and_the_rows_of_the_schedule(
                 for block in schedule.pair(query_rank, key_rank, one)
             ]
             assert counted[query_rank, key_rank] == pytest.approx(sum(map(pairs_of, blocks)), abs=1e-6)
+            if window is None and part is None:
+                in_order = sum(len(block.pick.index) for block in blocks if block.pick is not None)
+                assert picked[query_rank, key_rank] == in_order
     gathered = [sum(map(pairs_of, schedule.gathered(rank).blocks)) for rank in range(degree)]
     assert shards.gathered().padded_pairs == pytest.approx(np.array(gathered), abs=1e-6)
+    read = [sum(block.segments.cu_k[-1] for block in schedule.gathered(rank).blocks) for rank in range(degree)]
+    assert (shards.gathered().picked_rows >= np.array(read)).all()
     if window is None:
         for owner, other in itertools.permutations(range(degree), 2):
             assert shards.keys.needed[owner, other] == len(schedule.rows_used(other, owner, side="keys"))
