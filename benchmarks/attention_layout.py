@@ -48,8 +48,8 @@ def main() -> None:
     ]
     lines = [
         f"`python benchmarks/attention_layout.py --seeds {arguments.seeds}`, pure arithmetic. Means over the draws; of",
-        "unevenness the largest. Segments are pieces of documents on a rank. Keys and values of 8 heads, D 128, bf16, sent in",
-        "a forward.",
+        "unevenness the largest. Segments are pieces of documents on a rank. Sent: keys and values of 8 heads, D 128, bf16,",
+        "in a forward.",
         "",
         *(f"| {' | '.join(map(str, cells))} |" for cells in (_HEADINGS, ["---"] * len(_HEADINGS))),
         *(f"| {' | '.join(str(row[heading]) for heading in _HEADINGS)} |" for row in rows),
