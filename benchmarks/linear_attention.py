@@ -18,16 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,12 +30,12 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(_ROOT), *(e for e in sys.path if Path(e or ".").resolve() not in (_ROOT, _ROOT / "benchmarks"))]
 
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.linear_attention_ring import RingLinearAttention  # noqa: E402
+from benchmarks.rank_timing import Row, Run, Site, commit, hardware, measured, reported  # noqa: E402
 from raysp.attention import SequenceLayout  # noqa: E402
 from raysp.comm import Communicator  # noqa: E402
 from raysp.linear_attention import KERNELS, parallel_linear_attention  # noqa: E402
@@ -67,127 +60,73 @@ _HEADINGS = ("row", "ms", "share", "tokens/s", "sent MB", "peak MB")
 class Task:
     """What every rank is told."""
 
-    device: str
-    degree: int
-    port: int
-    families: tuple[str, ...]
-    tokens: tuple[int, ...]
     num_heads: int
     key_size: int
     value_size: int
     dtype: str
     kernel: str
     rounds: int
-    deadline_s: float
 
 
 def main() -> None:
     """Measure, show, write."""
     arguments = _arguments()
     console = Console(width=max(110, Console().width))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     task = Task(
-        device=arguments.device, degree=arguments.degree, port=store.port,
-        families=tuple(arguments.families.split(",")), tokens=tuple(map(int, arguments.tokens.split(","))),
         num_heads=arguments.heads, key_size=arguments.key_size, value_size=arguments.value_size, dtype=arguments.dtype,
-        kernel=arguments.kernel, rounds=arguments.rounds, deadline_s=time.time() + arguments.time_budget_s,
+        kernel=arguments.kernel, rounds=arguments.rounds,
     )  # fmt: skip
-    context = multiprocessing.get_context("spawn")
-    reports: Any = context.SimpleQueue()
-    ranks = [context.Process(target=_run_rank, args=(rank, task, reports)) for rank in range(task.degree)]
-    for process in ranks:
-        process.start()
-    rows: list[dict[str, Any]] = []
-    while (report := _next_report(reports, ranks)) is not None:
-        rows += report
-        _show(report, console)
-    for process in ranks:
-        process.join()
-    _write(arguments, task, rows, console)
-    if any(process.exitcode for process in ranks):
-        raise SystemExit("a rank failed; what was measured before is written")
+    tokens = [int(text) for text in arguments.tokens.split(",")]
+    cases = tuple((family, count) for family in arguments.families.split(",") for count in tokens)
+    rows: list[Row] = []
+    try:
+        for found in reported(
+            measure_case, task, cases, device=arguments.device, degree=arguments.degree,
+            deadline_s=time.time() + arguments.time_budget_s,
+        ):  # fmt: skip
+            rows += found
+            _show(found, console)
+    finally:
+        _write(arguments, task, rows, console)
 
 
-def _next_report(reports: Any, ranks: list[Any]) -> list[dict[str, Any]] | None:
-    while reports.empty():
-        if not all(process.is_alive() for process in ranks):
-            return None
-        time.sleep(0.1)
-    report: list[dict[str, Any]] | None = reports.get()
-    return report
-
-
-def _run_rank(rank: int, task: Task, reports: Any) -> None:
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // task.degree))
-    device = torch.device("cuda", rank) if task.device == "cuda" else torch.device("cpu")
-    if task.device == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if task.device == "cuda" else "gloo",
-        store=dist.TCPStore("127.0.0.1", task.port), rank=rank, world_size=task.degree, timeout=timedelta(minutes=5),
-    )  # fmt: skip
-    dist.all_reduce(torch.ones(1, device=device))
-    group = Communicator.wrap(dist.group.WORLD)
-    for family in task.families:
-        for num_tokens in task.tokens:
-            if _agreed(time.time() < task.deadline_s):
-                measured = _measure_case(family, num_tokens, task, group, device)
-                if rank == 0:
-                    reports.put(measured)
-    if rank == 0:
-        reports.put(None)
-    dist.destroy_process_group()
-
-
-def _agreed(fine: bool) -> bool:
-    votes = torch.tensor([int(fine)])
-    dist.all_reduce(votes, dist.ReduceOp.MIN)
-    return bool(votes.item())
-
-
-def _measure_case(
-    family: str, num_tokens: int, task: Task, group: Communicator, device: torch.device
-) -> list[dict[str, Any]]:
-    layout = SequenceLayout([num_tokens], task.degree, "contiguous")
+def measure_case(site: Site, task: Task, case: tuple[str, int]) -> list[Row]:
+    """All rows of one family and number of tokens, on one rank."""
+    family, num_tokens = case
+    group, device = site.group, site.device
+    layout = SequenceLayout([num_tokens], group.degree, "contiguous")
     local = layout.local_tokens(group.group_rank)
-    inputs = _inputs(family, local, task, device)
+    inputs = _inputs(family, local, task, site)
     rule = FAMILIES[family][0]
     share = SequenceLayout([local], 1, "contiguous")
-
     common = {**inputs, "rule": rule, "kernel": task.kernel}
 
-    def sharded(method: str) -> Callable[[], Tensor]:
+    def sharded(method: str) -> Run:
         return lambda: parallel_linear_attention(**common, layout=layout, group=group, method=method)[0]
 
     scale = task.key_size**-0.5
     make = resolve_kernel(task.kernel, device=device, dtype=inputs["q"].dtype, key_size=task.key_size)
     decay = inputs["log_decay"]
     decay_rows = decay.expand(local, -1) if decay is not None and decay.dim() == 1 else decay
-    runs: dict[str, Callable[[], Tensor]] = {
+    runs: dict[str, Run] = {
         ALONE: lambda: parallel_linear_attention(**common, layout=share, group=None)[0],
-        **{method: sharded(method) for method in METHODS if method != "ulysses" or task.num_heads % task.degree == 0},
+        **{method: sharded(method) for method in METHODS if method != "ulysses" or task.num_heads % group.degree == 0},
         RING: lambda: RingLinearAttention.apply(
             inputs["q"], inputs["k"], inputs["v"], decay_rows, inputs["beta"], rule, scale, group, make
         ),
     }
     if device.type == "cuda" and rule == "delta" and find_spec("fla"):
         runs[FLA] = _fla_context_parallel(inputs, num_tokens, group)
-    rows = [_row(name, run, inputs, group, device) for name, run in runs.items()]
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(task.rounds):
-        for name, run in runs.items():
-            times[name].append(_slowest(_timed_s(run, inputs, device)))
-    for row in rows:
-        row |= {"family": family, "num_tokens": num_tokens, "time_s": statistics.median(times[row["name"]])}
-        row["tokens_per_s"] = num_tokens / row["time_s"]
+    leaves = [tensor for tensor in inputs.values() if tensor is not None]
+    rows = measured(runs, leaves, site, rounds=task.rounds)
     alone_s = rows[0]["time_s"]
     for row in rows:
-        row["share"] = alone_s / row["time_s"]
+        row |= {"family": family, "num_tokens": num_tokens, "share": alone_s / row["time_s"]}
+        row["tokens_per_s"] = num_tokens / row["time_s"]
     return rows
 
 
-def _fla_context_parallel(inputs: dict[str, Any], num_tokens: int, group: Communicator) -> Callable[[], Tensor]:
+def _fla_context_parallel(inputs: dict[str, Any], num_tokens: int, group: Communicator) -> Run:
     from fla.ops.cp import build_cp_context
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.ops.kda import chunk_kda
@@ -210,9 +149,10 @@ def _fla_context_parallel(inputs: dict[str, Any], num_tokens: int, group: Commun
     return run
 
 
-def _inputs(family: str, local: int, task: Task, device: torch.device) -> dict[str, Any]:
+def _inputs(family: str, local: int, task: Task, site: Site) -> dict[str, Any]:
     """Random rows of one rank: unit keys and queries, decays and betas as trained layers have them."""
-    generator = torch.Generator(device=device).manual_seed(torch.distributed.get_rank())
+    device = site.device
+    generator = torch.Generator(device=device).manual_seed(site.group.group_rank)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[task.dtype]
 
     def drawn(*shape: int) -> Tensor:
@@ -229,43 +169,6 @@ def _inputs(family: str, local: int, task: Task, device: torch.device) -> dict[s
         "beta": torch.sigmoid(drawn(local, heads)).to(dtype) if rule == "delta" else None,
     }
     return {name: None if tensor is None else tensor.requires_grad_() for name, tensor in made.items()}
-
-
-def _both(run: Callable[[], Tensor], inputs: dict[str, Any]) -> None:
-    out = run()
-    torch.autograd.grad(out, [tensor for tensor in inputs.values() if tensor is not None], torch.ones_like(out))
-
-
-def _row(
-    name: str, run: Callable[[], Tensor], inputs: dict[str, Any], group: Communicator, device: torch.device
-) -> dict[str, Any]:
-    """Bytes and memory of a first run, which also warms up."""
-    group.counter.reset()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    _both(run, inputs)
-    peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
-    sent = torch.tensor([group.counter.sent_bytes, peak])
-    dist.all_reduce(sent, dist.ReduceOp.MAX)
-    return {"name": name, "sent_bytes": int(sent[0]), "peak_bytes": int(sent[1])}
-
-
-def _timed_s(run: Callable[[], Tensor], inputs: dict[str, Any], device: torch.device) -> float:
-    dist.barrier() if device.type == "cpu" else dist.all_reduce(torch.ones(1, device=device))
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start_s = time.perf_counter()
-    _both(run, inputs)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start_s
-
-
-def _slowest(time_s: float) -> float:
-    slowest = torch.tensor([time_s], dtype=torch.float64)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return float(slowest.item())
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -290,11 +193,11 @@ def _title(row: dict[str, Any]) -> str:
 
 def _write(arguments: argparse.Namespace, task: Task, rows: list[dict[str, Any]], console: Console) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
-    base = arguments.output / f"linear_attention_{arguments.name or task.device}"
-    settings = {key: value for key, value in asdict(task).items() if key not in ("port", "deadline_s")}
+    base = arguments.output / f"linear_attention_{arguments.name or arguments.device}"
     result = {
-        "hardware": _hardware(task.device), "commit": arguments.commit or _commit(),
-        "command": " ".join(["python", *sys.argv]), "torch": torch.__version__, **settings, "rows": rows,
+        "hardware": hardware(arguments.device), "commit": arguments.commit or commit(),
+        "command": " ".join(["python", *sys.argv]), "torch": torch.__version__, "device": arguments.device,
+        "degree": arguments.degree, **asdict(task), "rows": rows,
     }  # fmt: skip
     base.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     base.with_suffix(".md").write_text(_markdown(result))
@@ -341,19 +244,6 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{result['hardware']}, {result['degree']} ranks, forward and backward", fontsize=11)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=120)
-
-
-def _hardware(device: str) -> str:
-    if device == "cuda":
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def _arguments() -> argparse.Namespace:
