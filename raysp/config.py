@@ -147,6 +147,9 @@ class AttentionConfig(_Section):
         "auto", "ring", "bidirectional_ring", "token_ring", "all_gather", "ulysses", "ulysses_ring", "rsa"
     ] = "auto"
     kernel: Literal["auto", "fa4", "fa2", "aten", "eager"] = "auto"
+    linear_method: Literal["auto", "lasp2", "lasp1", "zeco", "ulysses"] = Field(
+        "auto", description="Of linear attention layers: how their states travel in the group."
+    )
 
 
 class CheckpointConfig(_Section):

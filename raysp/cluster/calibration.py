@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import psutil
 
-from planner import CalibrationFit, Sample, fit_cost_model
+from planner import CalibrationFit, LayerMix, Sample, fit_cost_model
 from raysp.cluster.run_inputs import attention_method, ulysses_heads
 from raysp.cluster.worker_group import WorkerGroup
 from raysp.config import Config
 from raysp.data.dataset import TokenDataset
 from raysp.errors import InputError
 from raysp.train.gradient_sync import unsharded_state_bytes
-from raysp.train.session import ModelSize
+from raysp.train.model_size import ModelSize
 from raysp.train.work import DEFAULT_RECOMPUTE, RECOMPUTE_POLICIES, GroupWork, StepResult, StepWork
 
 # Measurements longer than this are not repeated: their noise is small beside them.
@@ -157,7 +157,7 @@ def calibrate(
     method = attention_method(
         config, num_heads=size.num_heads, num_kv_heads=size.num_kv_heads, degrees=[d for d in degrees if d > 1]
     )
-    if method == "ulysses":
+    if method == "ulysses" and size.num_softmax_layers:
         heads = ulysses_heads(size.num_heads, size.num_kv_heads)
         degrees = [degree for degree in degrees if heads % degree == 0]
     probes = [probe for probe in probes if probe.degree in degrees]
@@ -206,6 +206,7 @@ def calibrate(
         num_heads=ulysses_heads(size.num_heads, size.num_kv_heads),
         num_kv_heads=size.num_kv_heads,
         unsharded_state_bytes=memory.unsharded,
+        layers=_layer_mix(size, config),
         metadata={"measured_for": cost_model_key(config, workers)},
     )
 
@@ -220,6 +221,9 @@ def cost_model_key(config: Config, workers: WorkerGroup) -> dict[str, Any]:
         "num_layers": info.model_size.num_layers,
         "num_heads": info.model_size.num_heads,
         "num_kv_heads": info.model_size.num_kv_heads,
+        "num_linear_layers": info.model_size.num_linear_layers,
+        "num_sliding_layers": info.model_size.num_sliding_layers,
+        "sliding_window": info.model_size.sliding_window,
         "threads_per_worker": config.cluster.threads_per_worker,
         "cpus_per_worker": config.cluster.cpus_per_worker,
         "dtype": config.train.dtype,
@@ -228,6 +232,7 @@ def cost_model_key(config: Config, workers: WorkerGroup) -> dict[str, Any]:
         "recompute_choice": config.planner.recompute,
         "attention_method": config.attention.method,
         "attention_kernel": config.attention.kernel,
+        "linear_method": config.attention.linear_method,
         "memory_limit_bytes": memory_limit_bytes(config, workers),
     }
 
@@ -245,11 +250,28 @@ def memory_limit_bytes(config: Config, workers: WorkerGroup) -> float:
 def model_flops(size: ModelSize, lengths: tuple[int, ...]) -> float:
     """Useful floating-point operations of one forward and backward pass, causal attention, no recompute.
 
-    ``6 * (parameters without the input embedding) * tokens + 6 * layers * heads * head_dim * sum(s^2)``
+    ``6 * (parameters that a token meets, without the input embedding) * tokens``, for every layer with full attention
+    ``6 * heads * head_dim * sum(s^2)``, with a window w the same of ``2*w*s - w^2`` where s is larger than w, and with linear
+    attention ``12 * heads * key_size * value_size * tokens``: an outer product and a product with the state.
     """
-    matrix_parameters = size.num_parameters - size.num_embedding_parameters
-    squares = sum(length * length for length in lengths)
-    return 6.0 * matrix_parameters * sum(lengths) + 6.0 * size.num_layers * size.num_heads * size.head_dim * squares
+    matrix_parameters = size.num_parameters - size.num_embedding_parameters - size.num_idle_expert_parameters
+    window = size.sliding_window
+    squares = sum(length**2 for length in lengths)
+    banded = sum(min(length, window) * (2 * length - min(length, window)) for length in lengths)
+    pairs = size.num_full_layers * squares + size.num_sliding_layers * banded
+    states = size.num_linear_layers * size.linear_num_heads * size.linear_key_size * size.linear_value_size
+    return (6.0 * matrix_parameters + 12.0 * states) * sum(lengths) + 6.0 * size.num_heads * size.head_dim * pairs
+
+
+def _layer_mix(size: ModelSize, config: Config) -> LayerMix | None:
+    """Which layers have no quadratic time; ``None`` where all have."""
+    if not size.num_linear_layers:
+        return None
+    return LayerMix(
+        num_softmax_layers=size.num_softmax_layers,
+        num_linear_layers=size.num_linear_layers,
+        method=config.attention.linear_method,
+    )
 
 
 def _memory(workers: WorkerGroup, config: Config, longest_id: int, longest: int) -> _Memory:

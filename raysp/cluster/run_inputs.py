@@ -19,7 +19,7 @@ from raysp.errors import CheckpointError, InputError
 from raysp.train.checkpoint import TrainerState, checkpoints_in, read_state
 from raysp.train.gradient_sync import unsharded_state_bytes
 from raysp.train.model import model_identity, read_model_config
-from raysp.train.session import ModelSize
+from raysp.train.model_size import ModelSize
 from raysp.train.work import RECOMPUTE_POLICIES
 
 
@@ -160,10 +160,11 @@ def for_model(cost_model: CostModel, config: Config, size: ModelSize) -> CostMod
     unsharded_bytes = cost_model.unsharded_state_bytes
     if unsharded_bytes is None and config.planner.sync == "per-step":
         unsharded_bytes = unsharded_state_bytes(size.num_parameters, config.train.dtype)
+    has_heads = size.num_softmax_layers > 0
     return replace(
         cost_model,
-        num_heads=ulysses_heads(size.num_heads, size.num_kv_heads),
-        num_kv_heads=size.num_kv_heads,
+        num_heads=ulysses_heads(size.num_heads, size.num_kv_heads) if has_heads else None,
+        num_kv_heads=size.num_kv_heads if has_heads else None,
         unsharded_state_bytes=unsharded_bytes,
     )
 

@@ -1,6 +1,7 @@
 """A transformers decoder with parallel attention, returning summed losses instead of logits.
 
-The attention of the model is swapped through transformers' ``AttentionInterface``; nothing else of it changes.
+The attention of the model is swapped through transformers' ``AttentionInterface``, Gated DeltaNet layers by their forward
+pass; nothing else of it changes.
 """
 
 from __future__ import annotations
@@ -14,74 +15,17 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from raysp.attention import SequenceLayout, parallel_attention
 from raysp.config import ModelConfig
 from raysp.errors import InputError, first_line
+from raysp.train.gated_delta_net import shard_gated_delta_nets
 from raysp.train.loss import summed_cross_entropy
+from raysp.train.model_support import check_supported, prepare_transformers
+from raysp.train.row_check import check_calls, check_rows_are_apart
+from raysp.train.sequence_mixing import ATTENTION_NAME, AttentionContext
 
-ATTENTION_NAME = "raysp"
 # transformers 5 still reads these from older configurations.
 _VERSION_4_FIELDS = ("rope_theta", "rope_scaling", "torch_dtype", "architectures", "transformers_version")
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-
-class AttentionContext:
-    """How the tokens of a forward pass lie on the ranks of a group; handed to every attention layer.
-
-    Not a dataclass: FSDP walks through those among a module's arguments to look for tensors.
-
-    Args:
-        layout: The documents and who holds which of their tokens.
-        group: Process group of the SP group; ``None`` for degree 1.
-        group_rank: This process's place in the group.
-        method: Parallel attention method.
-        kernel: Block kernel.
-    """
-
-    def __init__(self, *, layout: SequenceLayout, group: Any, group_rank: int, method: str, kernel: str) -> None:
-        self.layout = layout
-        self.group = group
-        self.group_rank = group_rank
-        self.method = method
-        self.kernel = kernel
-
-
-def _attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    attention_context: AttentionContext | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """The function transformers calls; query ``[1, Hq, T, D]``, key and value ``[1, Hk, T, D]`` -> ``[1, T, Hq, D]``."""
-    if attention_context is None or attention_mask is not None or dropout:
-        raise InputError(
-            "raysp's attention was called without its context, with a mask or with dropout; expected causal packed "
-            "documents without dropout. Run the model through raysp.train and set attention_dropout = 0."
-        )
-    context = attention_context
-    num_rows = query.shape[2]
-    num_tokens = context.layout.local_tokens(context.group_rank)
-    q, k, v = (tensor[0].transpose(0, 1)[:num_tokens] for tensor in (query, key, value))
-    out = parallel_attention(
-        q,
-        k,
-        v,
-        layout=context.layout,
-        group=context.group,
-        method=context.method,
-        causal=True,
-        scale=scaling,
-        kernel=context.kernel,
-    )
-    if num_rows > num_tokens:
-        # A rank without tokens runs one dummy row: transformers fails on an empty one.
-        out = torch.cat([out, out.new_zeros(num_rows - num_tokens, *out.shape[1:])])
-    return out.unsqueeze(0), None
 
 
 class LanguageModelLoss(nn.Module):
@@ -118,6 +62,9 @@ class LanguageModelLoss(nn.Module):
 
         Returns:
             Scalar.
+
+        Raises:
+            RayspError: A layer mixed its tokens in another way than through the context.
         """
         for module in self._recomputing:
             module.gradient_checkpointing = recompute
@@ -127,6 +74,7 @@ class LanguageModelLoss(nn.Module):
             use_cache=False,
             attention_context=attention_context,
         ).last_hidden_state
+        check_calls(self.model, attention_context.calls)
         return summed_cross_entropy(
             hidden[0],
             self.model.lm_head.weight,
@@ -163,6 +111,7 @@ def read_model_config(config: ModelConfig, *, vocab_size: int | None, max_length
     """
     from transformers import AutoConfig
 
+    prepare_transformers()
     if config.path is not None:
         if not Path(config.path).is_dir():
             raise InputError(f"model.path {config.path!r} is not a folder; expected one with config.json and weights.")
@@ -172,23 +121,25 @@ def read_model_config(config: ModelConfig, *, vocab_size: int | None, max_length
             raise InputError(f"cannot read the model in {config.path!r}: {_reason(error)}.") from error
     else:
         table = _config_table(config.config)
-        if vocab_size is not None:
-            table.setdefault("vocab_size", vocab_size)
-        table.setdefault("max_position_embeddings", max_length)
         model_type = table.pop("model_type", None)
-        _check_fields(model_type, table)
+        known = _known_fields(model_type)
+        _check_fields(model_type, table, known)
+        for field, value in (("vocab_size", vocab_size), ("max_position_embeddings", max_length)):
+            if value is not None and (field in known or not known):
+                table.setdefault(field, value)
         try:
             resolved = AutoConfig.for_model(model_type, **table)
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # huggingface_hub's strict dataclass errors share no public base class
+            strict = type(error).__module__.partition(".")[0] in ("huggingface_hub", "transformers")
+            if not strict and not isinstance(error, (ValueError, KeyError, TypeError)):
+                raise
+            if known:
+                raise InputError(f"model.config does not fit {model_type!r}: {_reason(error)}.") from error
             raise InputError(
                 f"model.config with model_type = {model_type!r} is not understood: {_reason(error)}. "
                 "Expected a transformers model type such as 'llama' and its fields."
             ) from error
-        except Exception as error:  # huggingface_hub's strict dataclass errors share no public base class
-            if type(error).__module__.partition(".")[0] not in ("huggingface_hub", "transformers"):
-                raise
-            raise InputError(f"model.config does not fit {model_type!r}: {_reason(error)}.") from error
-    _check_supported(resolved, vocab_size=vocab_size, max_length=max_length)
+    check_supported(resolved, vocab_size=vocab_size, max_length=max_length)
     return resolved
 
 
@@ -217,11 +168,12 @@ def build_model(
         :class:`LanguageModelLoss` to say.
 
     Raises:
-        InputError: Weights are missing or not safetensors, or the layers cannot be recomputed.
+        InputError: Weights are missing or not safetensors, the layers cannot be recomputed, or tokens see each other in ways
+            that raysp does not run.
     """
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+    prepare_transformers()
     torch.manual_seed(seed)
     if config.path is not None:
         try:
@@ -254,8 +206,12 @@ def build_model(
                 model_config, dtype=torch.float32, attn_implementation=ATTENTION_NAME, trust_remote_code=False
             )
         model.to(dtype)
-    _allow_recompute(model)
+    if dtype == torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # grouped products know no fp64
+    shard_gated_delta_nets(model)
     model.train()
+    check_rows_are_apart(model)
+    _allow_recompute(model)
     result: nn.Module = model
     return result
 
@@ -271,14 +227,19 @@ def _allow_recompute(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _check_fields(model_type: Any, table: dict[str, Any]) -> None:
-    """Refuse fields that the model's configuration does not have; transformers would keep them without a word."""
+def _known_fields(model_type: Any) -> set[str]:
+    """The fields of a model type's configuration; none where transformers does not know the type."""
     from transformers import CONFIG_MAPPING
 
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        return  # the caller's own error names it
-    known = {*CONFIG_MAPPING[model_type]().to_dict(), *_VERSION_4_FIELDS}
-    unknown = sorted(set(table) - known)
+        return set()  # the caller's own error names it
+    config_class = CONFIG_MAPPING[model_type]
+    return {*config_class().to_dict(), *config_class.attribute_map, *_VERSION_4_FIELDS}
+
+
+def _check_fields(model_type: Any, table: dict[str, Any], known: set[str]) -> None:
+    """Refuse fields that the model's configuration does not have; transformers would keep them without a word."""
+    unknown = sorted(set(table) - known) if known else []
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -297,38 +258,6 @@ def _config_table(config: dict[str, Any] | str | None) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise InputError(f"model.config {config!r} holds a {type(table).__name__}; expected a JSON object.")
     return table
-
-
-def _check_supported(model_config: Any, *, vocab_size: int | None, max_length: int) -> None:
-    name = model_config.model_type
-    layer_types = set(getattr(model_config, "layer_types", None) or ["full_attention"])
-    sliding = (
-        getattr(model_config, "sliding_window", None) if getattr(model_config, "use_sliding_window", True) else None
-    )
-    if layer_types != {"full_attention"} or sliding is not None:
-        raise InputError(
-            f"the model {name!r} has layers {sorted(layer_types)} (sliding_window = {sliding}); expected full attention "
-            "in every layer. Sequence parallelism for other layers is not supported yet."
-        )
-    for experts in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if getattr(model_config, experts, None):
-            raise InputError(
-                f"the model {name!r} has {experts} = {getattr(model_config, experts)}; expected a dense model."
-            )
-    for dropout in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if getattr(model_config, dropout, 0.0):
-            raise InputError(f"{name!r} has {dropout} = {getattr(model_config, dropout)}; expected 0. Set it to 0.")
-    if vocab_size is not None and model_config.vocab_size < vocab_size:
-        raise InputError(
-            f"the model knows {model_config.vocab_size} tokens, the dataset uses {vocab_size}; expected at least as "
-            "many. Prepare the data with the model's tokenizer or enlarge vocab_size."
-        )
-    longest = getattr(model_config, "max_position_embeddings", None)
-    if longest is not None and longest < max_length:
-        raise InputError(
-            f"the longest sequence has {max_length} tokens, the model's max_position_embeddings is {longest}; expected "
-            "at least as many. Set data.max_length or max_position_embeddings."
-        )
 
 
 def _reason(error: BaseException) -> str:

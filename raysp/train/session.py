@@ -22,10 +22,13 @@ from raysp.errors import RayspError
 from raysp.train import checkpoint
 from raysp.train.batch import LocalBatch, build_local_batch, dummy_batch
 from raysp.train.gradient_sync import gather_parameters, reduce_gradients, shard_parameters, share_per_layer
+from raysp.train.hybrid_layout import LayoutDecision, decide_layout
 from raysp.train.loss import resolve_loss_kernel
 from raysp.train.memory import saved_activation_bytes
-from raysp.train.model import TORCH_DTYPES, AttentionContext, LanguageModelLoss, build_model
+from raysp.train.model import TORCH_DTYPES, LanguageModelLoss, build_model
+from raysp.train.model_size import ModelSize, size_of
 from raysp.train.optimizer import build_optimizer, learning_rate
+from raysp.train.sequence_mixing import AttentionContext
 from raysp.train.sharding import shard_model
 from raysp.train.work import (
     DEFAULT_RECOMPUTE,
@@ -35,20 +38,6 @@ from raysp.train.work import (
     StepResult,
     StepWork,
 )
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """What the cost model and the MFU need to know of a model."""
-
-    num_parameters: int
-    num_embedding_parameters: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    largest_layer_parameters: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +85,7 @@ class TrainSession:
             device=self._device,
             seed=train.seed,
         )
-        self.size = _size_of(inner, self._model_config)
+        self.size = size_of(inner)
         self._model = LanguageModelLoss(
             inner,
             loss_chunk_tokens=train.loss_chunk_tokens,
@@ -235,24 +224,45 @@ class TrainSession:
     def _prepare_group(self, work: GroupWork | None) -> _MicroBatch:
         group, group_rank, method, recompute = None, 0, "auto", False
         if work is None:
-            layout = SequenceLayout([1], degree=1)
+            layout = attention_layout = SequenceLayout([1], degree=1, order=self._layout("auto", 1).order)
             batch = dummy_batch(self._device)
         else:
             if self._comms.global_rank not in work.ranks:
                 raise RayspError(
                     f"rank {self._comms.global_rank} was given the work of ranks {work.ranks}; expected its own."
                 )
-            layout = SequenceLayout(lengths=list(work.lengths), degree=len(work.ranks))
+            degree = len(work.ranks)
+            decision = self._layout(work.attention, degree)
+            layout = attention_layout = SequenceLayout(work.lengths, degree, decision.order)
+            if decision.attention_order != decision.order:
+                attention_layout = SequenceLayout(work.lengths, degree, decision.attention_order)
             group_rank = work.ranks.index(self._comms.global_rank)
             batch = build_local_batch(self._source, work, layout, group_rank, self._device)
             recompute = self._recomputes(work)
-            if len(work.ranks) > 1:
+            if degree > 1:
                 group = self._comms.group(work.ranks)
-                method = work.attention
+                method = decision.method
         context = AttentionContext(
-            layout=layout, group=group, group_rank=group_rank, method=method, kernel=self._config.attention.kernel
+            layout=layout,
+            group=group,
+            group_rank=group_rank,
+            method=method,
+            kernel=self._config.attention.kernel,
+            attention_layout=attention_layout,
+            linear_method=self._config.attention.linear_method,
         )
         return _MicroBatch(batch, context, recompute)
+
+    def _layout(self, method: str, degree: int) -> LayoutDecision:
+        size = self.size
+        return decide_layout(
+            num_linear_layers=size.num_linear_layers,
+            num_softmax_layers=size.num_softmax_layers,
+            method=method,
+            degree=degree,
+            num_heads=size.num_heads,
+            num_key_heads=size.num_kv_heads,
+        )
 
     def _recomputes(self, work: GroupWork) -> bool:
         policy = self._config.train.recompute if work.recompute == DEFAULT_RECOMPUTE else work.recompute
@@ -302,19 +312,3 @@ class TrainSession:
             torch.cuda.synchronize(self._device)
             return tuple(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks))
         return tuple(b - a for a, b in itertools.pairwise(marks))
-
-
-def _size_of(model: torch.nn.Module, model_config: Any) -> ModelSize:
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    heads = model_config.num_attention_heads
-    layers = list(model.model.layers)  # type: ignore[union-attr,arg-type]
-    return ModelSize(
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        num_embedding_parameters=embedding.numel(),
-        num_layers=len(layers),
-        num_heads=heads,
-        num_kv_heads=getattr(model_config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
-        hidden_size=model_config.hidden_size,
-        largest_layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
-    )

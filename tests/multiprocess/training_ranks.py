@@ -173,6 +173,18 @@ def error_of_step(comms: Communicators, config: Config, works: list[StepWork]) -
     return ""
 
 
+def error_of_bypassed_layer(comms: Communicators, config: Config, works: list[StepWork]) -> str:
+    """The message of a step whose last layer attends in its own way, which nothing showed when the model was built."""
+    session = make_session(comms, config)
+    attention = session._model.model.model.layers[-1].self_attn
+    attention.forward = lambda hidden_states, **_: (hidden_states, None)
+    try:
+        session.run_step(works[comms.global_rank])
+    except RayspError as error:
+        return str(error)
+    return ""
+
+
 def whole_state_bytes(comms: Communicators, config: Config, works: list[StepWork]) -> tuple[int, int, int]:
     """Parameters of the model, and bytes of whole parameters and of whole gradients between micro-batches."""
     session = make_session(comms, config)
