@@ -51,9 +51,7 @@ from planner import (  # noqa: E402
     linear_method_times,
     nodes_topology,
 )
-from planner.linear_attention_bytes import why_not_linear  # noqa: E402
 from planner.linear_attention_cost import lasp2_s, serial_scan_s  # noqa: E402
-from planner.linear_attention_work import even_work  # noqa: E402
 
 METHODS = ("lasp2", "lasp1", "zeco", "ulysses", "ring")
 PUBLISHED_LASP1 = "lasp1, published"
@@ -343,16 +341,11 @@ def main() -> None:
         source = f"measured on {content.get('hardware', 'unknown hardware')} ({arguments.kernel_times.name})"
         passes = measured_passes(content)
     rows = simulate(arguments.tokens, arguments.ranks, model, machine, passes)
-    left_out = [
-        f"{method} is left out: {reason}"
-        for method in METHODS
-        if (reason := why_not_linear(method, even_work(arguments.tokens[0], arguments.ranks, model.shape)))
-    ]
     result = {
         "hardware": f"simulated {arguments.ranks} x {machine.name}, on {os.cpu_count()} CPU cores ({platform.machine()})",
         "commit": arguments.commit or _commit(), "command": " ".join(["python", *sys.argv]), "local_times": source,
         "machine": vars(machine), "model": {**vars(model), "shape": vars(model.shape)},
-        "comparison": compared(rows, arguments.ranks, model, machine, passes), "why": [*why(rows), *left_out], "rows": rows,
+        "comparison": compared(rows, arguments.ranks, model, machine, passes), "why": why(rows), "rows": rows,
     }  # fmt: skip
     _show(rows, console)
     for line in (f"local times: {source}", *result["comparison"], *result["why"]):

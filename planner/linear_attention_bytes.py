@@ -4,7 +4,7 @@ Symbols as in `planner.linear_attention_work`; P state bytes, M transition bytes
 
     lasp2     each rank of a chain to every later one: m(m-1)/2 P, and from those inside it (m-1)(m-2)/2 M
     lasp1     from rank to rank of a chain: (m-1) P; zeco the same in blocks of columns
-    ulysses   q, k, v, decay, beta to heads and the output back: (N-1)/N of all rows
+    ulysses   q, k, v, decay, beta to heads and the output back: (N-1)/N of all rows where heads divide
     ring      k, v, decay, beta of every rank around the group, N-1 times
 
 Backward, states are those of gradients and travel against the tokens, as many of them; Ulysses trades the output's
@@ -32,11 +32,9 @@ def linear_method_bytes(work: LinearAttentionWork, method: str, *, backward: boo
     """Return the bytes that all ranks together send in one pass, to other ranks than themselves.
 
     Raises:
-        PlanError: The method is unknown, or cannot run.
+        PlanError: The method is unknown.
     """
     check_linear_method(method)
-    if reason := why_not_linear(method, work):
-        raise PlanError(f"{method} cannot run: {reason}.")
     if work.degree == 1:
         return 0
     if method == "lasp2":
@@ -56,11 +54,9 @@ def check_linear_method(method: str) -> None:
         raise PlanError(f"linear attention method {method!r} is unknown; expected one of {', '.join(known)}.")
 
 
-def why_not_linear(method: str, work: LinearAttentionWork) -> str | None:
-    """Say why a known method cannot run; `None` where it can."""
-    if method == "ulysses" and work.shape.num_heads % work.degree:
-        return f"{work.degree} ranks cannot share {work.shape.num_heads} heads equally"
-    return None
+def head_shares(num_heads: int, degree: int) -> list[int]:
+    """Return the heads that Ulysses gives each rank: dealt out one by one, so some ranks may have one less, or none."""
+    return [len(range(rank, num_heads, degree)) for rank in range(degree)]
 
 
 def gathered_messages(work: LinearAttentionWork, *, backward: bool) -> FloatArray:
@@ -87,10 +83,11 @@ def traded_messages(work: LinearAttentionWork, *, backward: bool) -> tuple[Float
     """
     shape = work.shape
     inputs = 2 * shape.key_bytes + shape.value_bytes + shape.decay_row_bytes + shape.beta_row_bytes
-    rows = work.tokens_by_rank / work.degree
+    shares = np.asarray(head_shares(shape.num_heads, work.degree))
+    rows = work.tokens_by_rank[:, None] * shares[None, :] / shape.num_heads
     others = 1.0 - np.eye(work.degree)
-    to_heads: FloatArray = rows[:, None] * others
-    to_tokens: FloatArray = rows[None, :] * others
+    to_heads: FloatArray = rows * others
+    to_tokens: FloatArray = rows.T * others
     if backward:
         return to_heads * shape.value_bytes, to_tokens * inputs
     return to_heads * inputs, to_tokens * shape.value_bytes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from planner.attention_rates import Network
 from planner.errors import PlanError
-from planner.linear_attention_bytes import LINEAR_METHODS, why_not_linear
+from planner.linear_attention_bytes import LINEAR_METHODS
 from planner.linear_attention_cost import LinearMethodTime, LocalPass, linear_method_times
 from planner.linear_attention_work import LinearAttentionWork, longest_chain
 
@@ -21,14 +21,12 @@ class LinearMethodDecision:
 
     Attributes:
         method: One of `LINEAR_METHODS`.
-        times: Of every allowed method that can run.
-        left_out: Every allowed method that cannot, and why.
+        times: Of every allowed method.
         reason: Why this one won, in a line.
     """
 
     method: str
     times: tuple[LinearMethodTime, ...]
-    left_out: tuple[tuple[str, str], ...]
     reason: str
 
     @property
@@ -37,7 +35,7 @@ class LinearMethodDecision:
         return next(time for time in self.times if time.method == self.method)
 
     def explain(self) -> str:
-        """Return a table of all methods in seconds, what was left out, and the reason; lines of plain text."""
+        """Return a table of all methods in seconds, and the reason; lines of plain text."""
         width = max(len(time.method) for time in self.times)
         lines = [f"{'seconds':{width}} {'forward':>13} {'backward':>13} {'added':>13} {'bytes':>15}"]
         for time in self.times:
@@ -47,7 +45,6 @@ class LinearMethodDecision:
                 f"{time.method:{width}} {time.forward_s:13.6f} {time.backward_s:13.6f} {added_s:13.6f} "
                 f"{time.forward_bytes + time.backward_bytes:15,}{chosen}"
             )
-        lines += [f"{method}: left out, {reason}" for method, reason in self.left_out]
         return "\n".join([*lines, self.reason])
 
 
@@ -68,20 +65,15 @@ def choose_linear_method(
         allowed: Methods to pick from.
 
     Raises:
-        PlanError: A method is unknown, or none of them can run.
+        PlanError: A method is unknown, or none is allowed.
     """
     allowed = sorted(dict.fromkeys(allowed), key=lambda method: method != "lasp2")
     times = linear_method_times(work, network, forward, backward, allowed)
-    reasons = [(method, why_not_linear(method, work)) for method in allowed]
-    left_out = tuple((method, reason) for method, reason in reasons if reason is not None)
     if not times:
-        why = "; ".join(f"{method}: {reason}" for method, reason in left_out) or "no method is allowed"
-        raise PlanError(f"no method of linear attention can run ({why}). Allow 'lasp2', which runs any degree.")
+        raise PlanError("no method of linear attention is allowed; expected at least one. Allow 'lasp2'.")
     least_s = min(time.total_s for time in times)
     chosen = next(time for time in times if time.total_s <= least_s * (1 + _ROUNDING))
-    return LinearMethodDecision(
-        method=chosen.method, times=times, left_out=left_out, reason=_reason(chosen, times, work)
-    )
+    return LinearMethodDecision(method=chosen.method, times=times, reason=_reason(chosen, times, work))
 
 
 def _reason(chosen: LinearMethodTime, times: tuple[LinearMethodTime, ...], work: LinearAttentionWork) -> str:
@@ -94,7 +86,7 @@ def _reason(chosen: LinearMethodTime, times: tuple[LinearMethodTime, ...], work:
         won += f" in {chosen.num_blocks[0]} and {chosen.num_blocks[1]} blocks"
     others = [time for time in times if time is not chosen]
     if not others:
-        return f"{won}; no other method can run."
+        return f"{won}; no other method is allowed."
     other = min(others, key=lambda time: time.total_s)
     if other.total_s <= chosen.total_s * (1 + _ROUNDING):
         return f"{won}; {other.method} takes as long."

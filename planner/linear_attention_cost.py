@@ -33,10 +33,10 @@ from planner.linear_attention_bytes import (
     STATE_SCANS,
     check_linear_method,
     gathered_messages,
+    head_shares,
     linear_method_bytes,
     ring_row_bytes,
     traded_messages,
-    why_not_linear,
 )
 from planner.linear_attention_work import LinearAttentionWork
 from planner.strict_json import as_number
@@ -121,10 +121,10 @@ def linear_method_times(
         network: Of this group.
         forward: Local times of one rank's share.
         backward: Likewise.
-        methods: Which; those that cannot run are left out, see `why_not_linear`.
+        methods: Which.
 
     Returns:
-        One for each method that can run, in order.
+        One for each method, in order.
 
     Raises:
         PlanError: A method is unknown.
@@ -132,8 +132,6 @@ def linear_method_times(
     times = []
     for method in dict.fromkeys(methods):
         check_linear_method(method)
-        if why_not_linear(method, work) is not None:
-            continue
         passes = [
             _pass_s(method, work, network, local, backward=is_backward)
             for local, is_backward in ((forward, False), (backward, True))
@@ -211,7 +209,10 @@ def ulysses_s(work: LinearAttentionWork, network: Network, local: LocalPass, *, 
     """Return the seconds of one pass of Ulysses: trade, work on all tokens of some heads, trade back."""
     if work.degree == 1:
         return local.whole_s
-    return local.whole_s + sum(network.transfer_s(messages) for messages in traded_messages(work, backward=backward))
+    # The rank with most heads is the last.
+    uneven = max(head_shares(work.shape.num_heads, work.degree)) * work.degree / work.shape.num_heads
+    trades_s = sum(network.transfer_s(messages) for messages in traded_messages(work, backward=backward))
+    return local.whole_s * uneven + trades_s
 
 
 def ring_s(work: LinearAttentionWork, network: Network, local: LocalPass, *, backward: bool) -> float:

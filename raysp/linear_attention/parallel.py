@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from planner import LinearAttentionShape
+from planner.linear_attention_bytes import head_shares
 from raysp.attention import SequenceLayout
 from raysp.attention.merge import accumulation_dtype
 from raysp.comm import Communicator, ProcessGroup
@@ -19,7 +20,7 @@ from raysp.linear_attention.checks import check_inputs
 from raysp.linear_attention.chooser import LinearChoice, choose
 from raysp.linear_attention.document_sums import DocumentSums
 from raysp.linear_attention.final_states import GatherRows
-from raysp.linear_attention.head_trade import ToHeads, ToTokens, check_heads, own_heads
+from raysp.linear_attention.head_trade import ToHeads, ToTokens, own_heads
 from raysp.linear_attention.kernels import resolve_kernel
 from raysp.linear_attention.operator import LocalInputs, LocalOperator
 from raysp.linear_attention.rates import MakeOperator
@@ -92,7 +93,6 @@ def parallel_linear_attention(
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     problem = _Problem(rule, scale, causal, layout, communicator, chosen, kernel, make)
     if chosen.method == "ulysses" and communicator.degree > 1:
-        check_heads(q.shape[1], communicator.degree)
         out, final = _by_heads(q, k, v, log_decay, beta, initial_state, problem, output_final_state)
     else:
         out, final = _by_tokens(q, k, v, log_decay, beta, initial_state, problem)
@@ -172,20 +172,28 @@ def _by_heads(
     rows: dict[str, Tensor | None] = {**travelling, **dict(zip(names, traded, strict=True))}
     if whole_decay and log_decay is not None:
         rows["log_decay"] = own_heads(log_decay, group, dim=0)
-    out, final = parallel_linear_attention(
-        rows["q"], rows["k"], rows["v"], rows["log_decay"], rows["beta"], problem.rule,  # type: ignore[arg-type]
-        layout=layout.memo("joined", lambda: SequenceLayout(layout.lengths, 1, "contiguous")),
-        group=None,
-        causal=problem.causal,
-        scale=problem.scale,
-        initial_state=None if initial_state is None else own_heads(initial_state, group, dim=1),
-        output_final_state=output_final_state,
-        kernel=problem.kernel,
-    )  # fmt: skip
-    if final is not None:
-        shares = GatherRows.apply(final.transpose(0, 1), [final.shape[1]] * group.degree, group)
-        final = shares.transpose(0, 1)
-    return ToTokens.apply(counts, group, out), final
+    shares = head_shares(q.shape[1], group.degree)
+    initial = None if initial_state is None else own_heads(initial_state, group, dim=1)
+    if shares[group.group_rank]:
+        out, final = parallel_linear_attention(
+            rows["q"], rows["k"], rows["v"], rows["log_decay"], rows["beta"], problem.rule,  # type: ignore[arg-type]
+            layout=layout.memo("joined", lambda: SequenceLayout(layout.lengths, 1, "contiguous")),
+            group=None,
+            causal=problem.causal,
+            scale=problem.scale,
+            initial_state=initial,
+            output_final_state=output_final_state,
+            kernel=problem.kernel,
+        )  # fmt: skip
+    else:
+        # More ranks than heads. The empty results hang on every input, for what follows communicates in its backward too.
+        everything = [tensor.sum() for tensor in (*rows.values(), initial) if tensor is not None]
+        out = traded[2] + torch.stack([each.to(traded[2].dtype) for each in everything]).sum()
+        empty = (len(layout.lengths), 0, q.shape[2], v.shape[2])
+        final = out.new_zeros(empty, dtype=accumulation_dtype(q.dtype)) + out.sum()
+    if output_final_state and final is not None:
+        final = GatherRows.apply(final.transpose(0, 1), shares, group).transpose(0, 1)
+    return ToTokens.apply(counts, q.shape[1], group, out), final
 
 
 class _LinearAttention(torch.autograd.Function):

@@ -225,14 +225,15 @@ def test_more_ranks_favour_one_exchange_over_serial_hops() -> None:
     assert gains[-1] > 1.1
 
 
-def test_heads_that_do_not_divide_leave_ulysses_out() -> None:
-    decision = choose_linear_method(one_document(3), LINK, FORWARD, BACKWARD)
-    assert dict(decision.left_out) == {"ulysses": "3 ranks cannot share 8 heads equally"}
-    assert "ulysses: left out" in decision.explain()
-    with pytest.raises(PlanError, match="no method of linear attention can run"):
-        choose_linear_method(one_document(3), LINK, FORWARD, BACKWARD, ("ulysses",))
-    with pytest.raises(PlanError, match="ulysses cannot run: 3 ranks"):
-        linear_method_bytes(one_document(3), "ulysses", backward=False)
+def test_heads_that_do_not_divide_cost_ulysses_the_work_of_the_fullest_rank() -> None:
+    even, uneven = (
+        linear_method_times(one_document(degree), LINK, FORWARD, BACKWARD, ["ulysses"])[0] for degree in (4, 3)
+    )
+    assert even.forward_added_s == pytest.approx(even.forward_s - FORWARD.whole_s)
+    # Of 8 heads one rank of three runs 3.
+    assert uneven.forward_s > FORWARD.whole_s * 9 / 8
+    with pytest.raises(PlanError, match="no method of linear attention is allowed"):
+        choose_linear_method(one_document(3), LINK, FORWARD, BACKWARD, ())
 
 
 def test_bad_arguments_name_what_was_expected() -> None:
