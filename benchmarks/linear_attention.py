@@ -256,7 +256,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--key-size", type=int, default=None, help="default 128, on CPU 32")
     parser.add_argument("--value-size", type=int, default=None, help="default 128, on CPU 32")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default=None, help="default bf16, on CPU fp32")
-    parser.add_argument("--kernel", choices=KERNELS, default="auto", help="of the local operator")
+    parser.add_argument(
+        "--kernel", choices=KERNELS, default=None, help="of the local operator; fla on GPUs that have it"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--time-budget-s", type=float, default=3600.0, help="begin no case after it")
     parser.add_argument("--name", default=None)
@@ -271,6 +273,7 @@ def _arguments() -> argparse.Namespace:
         parser.error(f"family {min(unknown)!r} is unknown; expected {', '.join(FAMILIES)}.")
     arguments.degree = arguments.degree or (4 if tiny else torch.cuda.device_count())
     arguments.tokens = arguments.tokens or ("2048,8192" if tiny else "16384,65536,262144,524288,1048576")
+    arguments.kernel = arguments.kernel or ("fla" if not tiny and find_spec("fla") else "torch")
     arguments.heads = arguments.heads or (4 if tiny else 16)
     arguments.key_size = arguments.key_size or (32 if tiny else 128)
     arguments.value_size = arguments.value_size or (32 if tiny else 128)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from raysp.attention.chooser import Choice, choose
+from raysp.attention.differentiable import differentiable_once
 from raysp.attention.kernels import resolve_kernel
 from raysp.attention.layout import SequenceLayout
 from raysp.attention.mask import DocumentMask
@@ -99,7 +99,7 @@ class _ParallelAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = ctx.method.backward(ctx.call, ctx.saved_tensors, dout.contiguous())
         dtype = dout.dtype

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from raysp.attention.differentiable import differentiable_once
 from raysp.attention.layout import SequenceLayout
 from raysp.comm import Communicator, ProcessGroup, all_to_all_rows
 from raysp.errors import InputError
@@ -50,7 +50,7 @@ def relayout(
                 f"a tensor of {tensor.shape[0]} rows on group rank {communicator.group_rank}; expected "
                 f"{source.local_tokens(communicator.group_rank)}, the source layout's local_tokens."
             )
-    if source == target:
+    if source == target or not tensors:
         return tensors
     moved: tuple[Tensor, ...] = _Relayout.apply(source, target, communicator, *tensors)
     return moved
@@ -67,9 +67,15 @@ class _Relayout(torch.autograd.Function):
         return _moved(tensors, source, target, group)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, None, *_moved(gradients, *ctx.way_back))
+        # Ids and masks have no gradient to send.
+        wanted = [place for place, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        moved = _moved([gradients[place] for place in wanted], *ctx.way_back)
+        found: list[Tensor | None] = [None] * len(gradients)
+        for place, gradient in zip(wanted, moved, strict=True):
+            found[place] = gradient
+        return (None, None, None, *found)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from raysp.attention.differentiable import differentiable_once
 from raysp.attention.layout import SequenceLayout
 from raysp.attention.merge import accumulation_dtype
 from raysp.attention.parallel import parallel_attention
@@ -117,7 +117,7 @@ class _SumOverRanks(torch.autograd.Function):
         return _summed(partial, group)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _summed(gradient, ctx.group), None
 

@@ -93,17 +93,19 @@ class Communicator:
         Raises:
             InputError: The group has another number of ranks.
         """
-        if degree == 1:
-            return cls.alone()
         if group is None:
+            if degree == 1:
+                return cls.alone()
             raise InputError(f"group is None for a layout of degree {degree}; expected the process group of its ranks.")
+        if not isinstance(group, Communicator | dist.ProcessGroup):
+            raise InputError(f"group is {group!r}; expected a process group that this rank is in, or None at degree 1.")
         communicator = group if isinstance(group, Communicator) else cls.wrap(group)
         if communicator.degree != degree:
             raise InputError(
                 f"the group has {communicator.degree} ranks and the layout degree {degree}; expected the same. "
                 "Build the layout with the degree of the group that runs it."
             )
-        return communicator
+        return cls.alone() if degree == 1 else communicator
 
     def subset(self, group_ranks: Sequence[int]) -> Communicator:
         """View some ranks of this group as a group of their own, for point-to-point exchanges.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from raysp.attention import SequenceLayout
 from raysp.errors import InputError
+from raysp.linear_attention.chains import local_pieces
 from raysp.linear_attention.operator import RULES
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_inputs(
@@ -18,11 +22,7 @@ def check_inputs(
     Raises:
         InputError: Names the argument, what it is and what was expected.
     """
-    if layout.order != "contiguous" and layout.degree > 1:
-        raise InputError(
-            f"the layout has order {layout.order!r}; expected 'contiguous': states run along the tokens. Build it with "
-            "order='contiguous', or bring the rows there with raysp.attention.relayout."
-        )
+    local_pieces(layout, group_rank)  # refuses a layout whose rows are not in order
     if rule not in RULES:
         raise InputError(f"rule {rule!r} is unknown; expected one of {', '.join(RULES)}.")
     _check_rows(q, k, v, layout.local_tokens(group_rank), group_rank)
@@ -46,6 +46,11 @@ def check_inputs(
                 f"initial_state is {list(initial_state.shape)}; expected {expected}: documents, heads, key and value size, "
                 "whole on every rank."
             )
+        if not initial_state.dtype.is_floating_point or initial_state.device != q.device:
+            raise InputError(
+                f"initial_state is {initial_state.dtype} on {initial_state.device}; expected a floating-point tensor on "
+                f"{q.device}, where q is."
+            )
 
 
 def _check_rows(q: Tensor, k: Tensor, v: Tensor, num_rows: int, group_rank: int) -> None:
@@ -59,8 +64,10 @@ def _check_rows(q: Tensor, k: Tensor, v: Tensor, num_rows: int, group_rank: int)
         )
     if 0 in (*q.shape[1:], v.shape[2]):
         raise InputError(f"shapes {shapes}; expected at least one head and sizes of at least 1.")
-    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
-        raise InputError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}; expected one floating-point dtype.")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
+        raise InputError(
+            f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}; expected one floating-point dtype: fp64, fp32, bf16 or fp16."
+        )
     if not q.device == k.device == v.device:
         raise InputError(f"devices q {q.device}, k {k.device}, v {v.device}; expected one device.")
 

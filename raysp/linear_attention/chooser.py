@@ -71,7 +71,7 @@ def choose(
         decision = choose_linear_method(work, network, forward, backward)
         return _made(decision.method, decision.chosen.num_blocks, decision)
 
-    return layout.memo(("linear_choice", group.ranks, shape, dtype, device), build)
+    return layout.memo(("linear_choice", group.ranks, make, shape, dtype, device), build)
 
 
 def _made(method: str, num_blocks: tuple[int, int], decision: LinearMethodDecision | None = None) -> LinearChoice:
@@ -87,7 +87,7 @@ def _local_times(
     group: Communicator, shape: LinearAttentionShape, make: MakeOperator, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[float], list[float]]:
     """The slowest rank's, measured at the group's first call of this kind."""
-    key = (group.ranks, "local_times", shape, dtype, device.type)
+    key = (group.ranks, "local_times", make, shape, dtype, device.type)
     if key not in group.measurements:
         forward, backward = measure_local_times(shape, make, dtype=dtype, device=device)
         slowest = agree_on_slowest([*forward, *backward], group, device=device)

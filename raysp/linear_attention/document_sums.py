@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from raysp.attention.differentiable import differentiable_once
 from raysp.attention.layout import SequenceLayout
 from raysp.comm import Communicator, Message, exchange
 from raysp.linear_attention.chains import LocalPieces, chain_of, local_pieces
@@ -37,27 +37,29 @@ class DocumentSums(torch.autograd.Function):
         out = _rows(q, sums, pieces) * scale
         ctx.save_for_backward(q, k, v, sums)
         ctx.scale, ctx.layout, ctx.group = scale, layout, group
-        return out.to(v.dtype), sums
+        # What is returned may be changed in place.
+        return out.to(v.dtype), sums.clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dout: Tensor, dsums: Tensor) -> tuple[Tensor | None, ...]:
         """The sums' gradient is a sum over the document's ranks like the sums themselves."""
         q, k, v, sums = ctx.saved_tensors
         pieces = local_pieces(ctx.layout, ctx.group.group_rank)
-        dout = dout.to(sums.dtype) * ctx.scale
-        part = _products(q, dout, pieces, sums.dtype) + dsums
-        whole = _whole(part, ctx.layout, ctx.group)
-        begins = torch.tensor(pieces.begins, dtype=torch.bool, device=q.device)
-        return (
-            _rows(dout, sums.mT, pieces).to(q.dtype),
-            _rows(v, whole.mT, pieces).to(k.dtype),
-            _rows(k, whole, pieces).to(v.dtype),
-            whole * begins[:, None, None, None],
-            None,
-            None,
-            None,
-        )
+        with torch.autocast(q.device.type, enabled=False):
+            dout = dout.to(sums.dtype) * ctx.scale
+            part = _products(q, dout, pieces, sums.dtype) + dsums
+            whole = _whole(part, ctx.layout, ctx.group)
+            begins = torch.tensor(pieces.begins, dtype=torch.bool, device=q.device)
+            return (
+                _rows(dout, sums.mT, pieces).to(q.dtype),
+                _rows(v, whole.mT, pieces).to(k.dtype),
+                _rows(k, whole, pieces).to(v.dtype),
+                whole * begins[:, None, None, None],
+                None,
+                None,
+                None,
+            )
 
 
 def _products(left: Tensor, right: Tensor, pieces: LocalPieces, dtype: torch.dtype) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from raysp.attention.differentiable import differentiable_once
 from raysp.comm import Communicator, all_to_all_rows, start_all_gather_rows
 
 
@@ -27,7 +27,7 @@ class GatherRows(torch.autograd.Function):
         return gathered
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Each rank gets the sum of the gradients of its rows."""
         mine = ctx.row_counts[ctx.group.group_rank]

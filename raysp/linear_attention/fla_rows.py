@@ -130,4 +130,5 @@ def decayed(rows: Tensor, log_factors: Tensor | None, scale: float = 1.0) -> Ten
 
 def decay_to_end(log_decay: Tensor) -> Tensor:
     """Log decay from each row to the last, its own not included; summed from the end, where it is not negligible."""
-    return log_decay.flip(0).cumsum(0).flip(0) - log_decay
+    later = torch.cat([log_decay[1:], torch.zeros_like(log_decay[:1])])
+    return later.flip(0).cumsum(0).flip(0)

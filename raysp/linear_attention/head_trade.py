@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from planner.linear_attention_bytes import head_shares
+from raysp.attention.differentiable import differentiable_once
 from raysp.comm import Communicator, all_to_all_rows
 
 
@@ -32,7 +32,7 @@ class ToHeads(torch.autograd.Function):
         return _to_heads(tensors, token_counts, group)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Trade back."""
         return (None, None, *_to_tokens(gradients, ctx.token_counts, ctx.num_heads, ctx.group))
@@ -45,13 +45,17 @@ class ToTokens(torch.autograd.Function):
     def forward(ctx: Any, token_counts: list[int], num_heads: int, group: Communicator, tensor: Tensor) -> Tensor:
         """Trade back."""
         ctx.token_counts, ctx.group = token_counts, group
+        # A checkpoint runs a block again when it needs a saved tensor, and its exchanges need all ranks: ranks without heads
+        # save nothing else.
+        ctx.save_for_backward(tensor.new_empty(0))
         [rows] = _to_tokens([tensor], token_counts, num_heads, group)
         return rows
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, Tensor]:
         """Trade."""
+        _ = ctx.saved_tensors
         [rows] = _to_heads([gradient], ctx.token_counts, ctx.group)
         return None, None, None, rows
 

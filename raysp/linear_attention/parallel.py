@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from planner import LinearAttentionShape
 from planner.linear_attention_bytes import head_shares
 from raysp.attention import SequenceLayout
+from raysp.attention.differentiable import differentiable_once
 from raysp.attention.merge import accumulation_dtype
 from raysp.comm import Communicator, ProcessGroup
+from raysp.errors import InputError
 from raysp.linear_attention.chains import Links, LocalPieces, backward_links, forward_links, local_pieces
 from raysp.linear_attention.checks import check_inputs
 from raysp.linear_attention.chooser import LinearChoice, choose
@@ -71,7 +72,9 @@ def parallel_linear_attention(
     Returns:
         Output ``[local_tokens, H, V]`` in the dtype of ``v``, and ``[num_documents, H, K, V]`` in the accumulation dtype,
         complete on every rank, or ``None``. Both are differentiable once. Of inputs that every rank holds whole (``[H]``
-        decay, initial state) each rank returns its part of the gradient; the objective is the sum over ranks.
+        decay, initial state) each rank returns its part of the gradient; the objective is the sum over ranks, and every
+        rank's part must use the same results, with weight zero if need be: their backward passes communicate. A value that
+        is not finite spreads over its document, also to earlier rows.
 
     Raises:
         InputError: An argument cannot be used; the message says which and why.
@@ -85,21 +88,23 @@ def parallel_linear_attention(
         q, k, v, log_decay, beta, rule, layout=layout, group_rank=communicator.group_rank, causal=causal,
         initial_state=initial_state,
     )  # fmt: skip
+    scale = _number(scale, default=q.shape[2] ** -0.5)
     make = resolve_kernel(kernel, device=q.device, dtype=q.dtype, key_size=q.shape[2])
-    chosen = choose(
-        method, layout=layout, group=communicator, shape=_shape(q, v, log_decay, beta, rule), causal=causal,
-        make=make, dtype=q.dtype, device=q.device,
-    )  # fmt: skip
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    problem = _Problem(rule, scale, causal, layout, communicator, chosen, kernel, make)
-    if chosen.method == "ulysses" and communicator.degree > 1:
-        out, final = _by_heads(q, k, v, log_decay, beta, initial_state, problem, output_final_state)
-    else:
-        out, final = _by_tokens(q, k, v, log_decay, beta, initial_state, problem)
-        if output_final_state and communicator.degree > 1:
-            counts = [sum(local_pieces(layout, rank).ends) for rank in range(layout.degree)]
-            final = GatherRows.apply(final, counts, communicator)
-    return out, final if output_final_state else None
+    # States stay in the accumulation dtype under autocast too.
+    with torch.autocast(q.device.type, enabled=False):
+        chosen = choose(
+            method, layout=layout, group=communicator, shape=_shape(q, v, log_decay, beta, rule), causal=causal,
+            make=make, dtype=q.dtype, device=q.device,
+        )  # fmt: skip
+        problem = _Problem(rule, scale, causal, layout, communicator, chosen, kernel, make)
+        if chosen.method == "ulysses" and communicator.degree > 1:
+            out, final = _by_heads(q, k, v, log_decay, beta, initial_state, problem, output_final_state)
+        else:
+            out, final = _by_tokens(q, k, v, log_decay, beta, initial_state, problem)
+            if output_final_state and communicator.degree > 1:
+                counts = [sum(local_pieces(layout, rank).ends) for rank in range(layout.degree)]
+                final = GatherRows.apply(final, counts, communicator)
+        return out, final if output_final_state else None
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def _by_tokens(
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(q.shape[0], -1)
     out, final = _LinearAttention.apply(q, k, v, log_decay, beta, starts, problem)
-    return out, final
+    return out, final[: sum(pieces.ends)]
 
 
 def _by_heads(
@@ -204,26 +209,23 @@ class _LinearAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, starts: Tensor,
         problem: _Problem,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Output, and final states of the pieces that end their document."""
-        pieces = problem.pieces
+        """Output, and final states of the pieces."""
         links = forward_links(problem.layout, problem.group.group_rank)
         operator = problem.operator(q, k, v, log_decay, beta)
         given = Given(starts.new_empty(starts.shape[1:]), None)
-        # States stay in the accumulation dtype under autocast too.
-        with torch.autocast(q.device.type, enabled=False):
-            if links.targets:
-                start = None if links.passes_through else starts[-1]
-                given = Given(*operator.outgoing(start, with_transition=links.passes_through))
-            reached = _scanned(problem.choice.forward, problem, given, links, operator.work_ahead, transposed=False)
-            if reached is not None:
-                starts = torch.cat([reached.unsqueeze(0), starts[1:]])
-            out, final = operator.output(starts)
+        if links.targets:
+            start = None if links.passes_through else starts[-1]
+            given = Given(*operator.outgoing(start, with_transition=links.passes_through))
+        reached = _scanned(problem.choice.forward, problem, given, links, operator.work_ahead, transposed=False)
+        if reached is not None:
+            starts = torch.cat([reached.unsqueeze(0), starts[1:]])
+        out, final = operator.output(starts)
         ctx.save_for_backward(q, k, v, log_decay, beta, starts, given.transition)
         ctx.problem = problem
-        return out, final[: sum(pieces.ends)]
+        return out, final
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dout: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients; of the starts those of pieces that begin their document here."""
         q, k, v, log_decay, beta, starts, transition = ctx.saved_tensors
@@ -238,7 +240,8 @@ class _LinearAttention(torch.autograd.Function):
                 given = Given(operator.incoming_gradient(dout, dfinal[0] if pieces.ends[0] else None), transition)
             reached = _scanned(problem.choice.backward, problem, given, links, operator.work_ahead, transposed=True)
             if reached is not None:
-                dfinal = torch.cat([dfinal, reached.unsqueeze(0)])
+                # The last piece's final state is no result of this rank.
+                dfinal = torch.cat([dfinal[:-1], reached.unsqueeze(0)])
             gradients = operator.gradients(starts, dout, dfinal)
         dstarts = gradients.initial_states
         if pieces.takes:
@@ -275,3 +278,9 @@ def _shape(q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, 
         decay_bytes=None if log_decay is None else log_decay.element_size(),
         state_bytes_per_number=accumulation_dtype(q.dtype).itemsize,
     )
+
+
+def _number(scale: float | None, *, default: float) -> float:
+    if isinstance(scale, Tensor):
+        raise InputError(f"scale is a tensor {list(scale.shape)}; expected a number or None. Multiply q instead.")
+    return default if scale is None else float(scale)

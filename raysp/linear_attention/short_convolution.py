@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from raysp.attention.differentiable import differentiable_once
 from raysp.attention.layout import SequenceLayout
 from raysp.comm import Communicator, Message, ProcessGroup, exchange
 from raysp.errors import InputError
@@ -49,6 +49,15 @@ def short_convolution(
             f"[{layout.local_tokens(me)}, C], the layout's local_tokens, and weight [C, W]."
         )
     width = weight.shape[1]
+    if width < 1 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise InputError(
+            f"weight {list(weight.shape)}, bias {None if bias is None else list(bias.shape)}; expected W of at least 1 and "
+            f"bias [{weight.shape[0]}] or None."
+        )
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise InputError(
+            f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}; expected the same of both."
+        )
     halo = _Halo.apply(x, width - 1, layout, communicator)
     rows = torch.cat([halo, x])
     positions = layout.memo(("positions", me, x.device), lambda: layout.positions(me).to(x.device))
@@ -67,12 +76,12 @@ class _HaloRows:
     Attributes:
         peer: The other rank.
         first: First row: of this rank's own where it gives, of its halo where it takes.
-        last: One past the last.
+        stop: One past the last.
     """
 
     peer: int
     first: int
-    last: int
+    stop: int
 
 
 class _Halo(torch.autograd.Function):
@@ -83,22 +92,22 @@ class _Halo(torch.autograd.Function):
         gives, takes = layout.memo(("halo", size, group.group_rank), lambda: _halo_rows(layout, group.group_rank, size))
         ctx.gives, ctx.takes, ctx.group, ctx.num_rows = gives, takes, group, x.shape[0]
         halo = x.new_zeros(size, x.shape[1])
-        sends = [Message(x[part.first : part.last].contiguous(), part.peer) for part in gives]
-        recvs = [Message(halo[part.first : part.last], part.peer) for part in takes]
+        sends = [Message(x[part.first : part.stop].contiguous(), part.peer) for part in gives]
+        recvs = [Message(halo[part.first : part.stop], part.peer) for part in takes]
         exchange(sends, recvs, group).wait()
         return halo
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         gradient = gradient.contiguous()
-        arrived = [gradient.new_empty(part.last - part.first, gradient.shape[1]) for part in ctx.gives]
-        sends = [Message(gradient[part.first : part.last], part.peer) for part in ctx.takes]
+        arrived = [gradient.new_empty(part.stop - part.first, gradient.shape[1]) for part in ctx.gives]
+        sends = [Message(gradient[part.first : part.stop], part.peer) for part in ctx.takes]
         recvs = [Message(rows, part.peer) for part, rows in zip(ctx.gives, arrived, strict=True)]
         exchange(sends, recvs, ctx.group).wait()
         dx = gradient.new_zeros(ctx.num_rows, gradient.shape[1])
         for part, rows in zip(ctx.gives, arrived, strict=True):
-            dx[part.first : part.last] += rows
+            dx[part.first : part.stop] += rows
         return dx, None, None, None
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from linear_families import FAMILIES, draw_inputs
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from planner import LinearAttentionShape
 from raysp.attention import SequenceLayout, relayout
 from raysp.comm import Communicators
+from raysp.errors import InputError
 from raysp.linear_attention import naive_linear_attention, parallel_linear_attention, short_convolution
 from raysp.linear_attention.chooser import choose
 from raysp.linear_attention.torch_operator import TorchOperator
@@ -51,8 +53,13 @@ def reference(case: LinearCase) -> dict[str, Tensor]:
     return {"out": out.detach(), "final_state": final.detach(), **named}
 
 
-def run_method(comms: Communicators, case: LinearCase, degree: int, method: str) -> dict[str, Tensor] | None:
-    """This rank's results by name; gradients of what every rank holds whole are this rank's parts."""
+def run_method(
+    comms: Communicators, case: LinearCase, degree: int, method: str, wrap: str = ""
+) -> dict[str, Tensor] | None:
+    """This rank's results by name; gradients of what every rank holds whole are this rank's parts.
+
+    ``wrap``: ``checkpoint`` runs the call again in its backward, ``autocast`` under bf16 autocast.
+    """
     if comms.global_rank >= degree:
         return None
     layout = SequenceLayout(case.lengths, degree, order="contiguous")
@@ -64,15 +71,25 @@ def run_method(comms: Communicators, case: LinearCase, degree: int, method: str)
         name: (tensor[tokens] if tensor.shape[0] == num_tokens and name not in WHOLE else tensor).requires_grad_()
         for name, tensor in inputs.items()
     }
-    out, final = parallel_linear_attention(
-        **leaves,
-        rule=FAMILIES[case.family].rule,
-        layout=layout,
-        group=comms.communicator(range(degree)),
-        method=method,
-        causal=case.causal,
-        output_final_state=True,
-    )
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        out, final = parallel_linear_attention(
+            **dict(zip(leaves, tensors, strict=True)),
+            rule=FAMILIES[case.family].rule,
+            layout=layout,
+            group=comms.communicator(range(degree)),
+            method=method,
+            causal=case.causal,
+            output_final_state=True,
+        )
+        assert final is not None
+        return out, final
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=wrap == "autocast"):
+        if wrap == "checkpoint":
+            out, final = checkpoint(run, *leaves.values(), use_reentrant=False)
+        else:
+            out, final = run(*leaves.values())
     # The objective is the sum over ranks: each takes another share of the final state's.
     share = 2 * (comms.global_rank + 1) / (degree * (degree + 1))
     gradients = torch.autograd.grad([out, final], list(leaves.values()), [dout, (share * dfinal).to(final.dtype)])
@@ -153,7 +170,7 @@ def automatic_choice(comms: Communicators, lengths: tuple[int, ...]) -> tuple[st
 
 
 def outputs_with_and_without_future(
-    comms: Communicators, case: LinearCase, token: int, degree: int
+    comms: Communicators, case: LinearCase, token: int, degree: int, method: str
 ) -> tuple[Tensor, Tensor]:
     """This rank's output before and after all inputs of ``token`` change."""
     layout = SequenceLayout(case.lengths, degree, order="contiguous")
@@ -169,7 +186,22 @@ def outputs_with_and_without_future(
             rule=FAMILIES[case.family].rule,
             layout=layout,
             group=comms.communicator(range(degree)),
-            method="lasp2",
+            method=method,
         )
         outputs.append(out)
     return outputs[0], outputs[1]
+
+
+def error_of_second_derivative(comms: Communicators, case: LinearCase, causal: bool) -> str:
+    """What autograd says where a gradient of a gradient is asked for, the first being one of ones."""
+    layout = SequenceLayout(case.lengths, comms.world_size, order="contiguous")
+    tokens = layout.token_indices(comms.global_rank)
+    inputs = make_inputs(case)
+    q, k, v = (inputs[name][tokens].requires_grad_() for name in "qkv")
+    group = comms.communicator(range(comms.world_size))
+    out, _ = parallel_linear_attention(q, k, v, layout=layout, group=group, method="lasp2", causal=causal)
+    try:
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+    except InputError as error:
+        return str(error)
+    return ""

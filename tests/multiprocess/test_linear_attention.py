@@ -28,11 +28,13 @@ def truth(case: LinearCase) -> dict[str, Tensor]:
     return ranks.reference(case)
 
 
-def check(pool: GlooPool, case: LinearCase, degree: int, methods: tuple[str, ...], limit: float = 1e-10) -> None:
+def check(
+    pool: GlooPool, case: LinearCase, degree: int, methods: tuple[str, ...], *, limit: float = 1e-10, wrap: str = ""
+) -> None:
     layout = SequenceLayout(case.lengths, degree, "contiguous")
     expected = truth(case)
     for method in methods:
-        results = [result for result in pool.run(ranks.run_method, case, degree, method, world=degree) if result]
+        results = [result for result in pool.run(ranks.run_method, case, degree, method, wrap, world=degree) if result]
         assert len(results) == degree
         for name, whole in expected.items():
             found = torch.empty_like(whole)
@@ -77,8 +79,38 @@ def test_methods_equal_the_recurrence_on_packed_documents(gloo_pool: GlooPool, f
 
 @pytest.mark.parametrize("degree", [5, 6, 7, 8])
 def test_wide_groups_equal_the_recurrence(wide_pool: GlooPool, degree: int) -> None:
+    for family in FAMILIES:
+        check(wide_pool, LinearCase(family, PACKED), degree, ("lasp2",))
     for family in ("mamba2", "gated_deltanet"):
-        check(wide_pool, LinearCase(family, (5, 300, 7)), degree, SCANS)
+        check(wide_pool, LinearCase(family, LONG), degree, (*SCANS, "ulysses"))
+
+
+@pytest.mark.parametrize("family", ["retention", "mamba2", "gated_deltanet"])
+def test_other_methods_equal_the_recurrence_with_decays_of_heads(gloo_pool: GlooPool, family: str) -> None:
+    for degree in (2, 3):
+        check(gloo_pool, LinearCase(family, PACKED), degree, ("lasp1", "zeco", "ulysses"))
+
+
+@pytest.mark.parametrize("method", [*SCANS, "ulysses"])
+def test_calls_in_a_checkpoint_equal_the_recurrence(gloo_pool: GlooPool, method: str) -> None:
+    for family in ("retention", "kda"):
+        # Two heads: at degree 3 ulysses leaves a rank without.
+        check(gloo_pool, LinearCase(family, (40, 70, 3)), 3, (method,), wrap="checkpoint")
+    check(gloo_pool, LinearCase("basic", (40, 70, 3), causal=False), 3, (method,), wrap="checkpoint")
+
+
+def test_autocast_changes_nothing(gloo_pool: GlooPool) -> None:
+    for family in ("basic", "kda"):
+        case = LinearCase(family, (40, 70, 3), dtype=torch.float32)
+        check(gloo_pool, case, 2, ("auto", "lasp2", "ulysses"), limit=1e-4, wrap="autocast")
+    case = LinearCase("basic", (40, 70, 3), causal=False, dtype=torch.float32)
+    check(gloo_pool, case, 2, ("lasp2",), limit=1e-4, wrap="autocast")
+
+
+def test_second_derivatives_are_refused(gloo_pool: GlooPool) -> None:
+    for causal in (True, False):
+        for said in gloo_pool.run(ranks.error_of_second_derivative, LinearCase("basic", (30,)), causal):
+            assert "expected first derivatives alone" in said
 
 
 @pytest.mark.parametrize("family", ["gla", "kda"])
@@ -139,8 +171,8 @@ def test_bytes_are_those_of_the_formula(gloo_pool: GlooPool, lengths: tuple[int,
 
 
 def test_bytes_do_not_depend_on_the_length(gloo_pool: GlooPool) -> None:
-    for method in SCANS:
-        short, long = (gloo_pool.run(ranks.sent_bytes, LinearCase("kda", (n,)), 4, method) for n in (80, 640))
+    for method, family in [*((method, "kda") for method in SCANS), ("lasp2", "gla"), ("lasp2", "basic")]:
+        short, long = (gloo_pool.run(ranks.sent_bytes, LinearCase(family, (n,)), 4, method) for n in (80, 640))
         assert short == long
         assert all(forward + backward for forward, backward in long)
 
@@ -155,12 +187,17 @@ def test_auto_chooses_the_same_on_all_ranks_and_says_why(gloo_pool: GlooPool) ->
 
 
 def test_perturbed_future_token_changes_nothing_before_it(gloo_pool: GlooPool) -> None:
-    for family in ("mamba2", "gated_deltanet"):
-        case = LinearCase(family, (40, 200))
-        layout = SequenceLayout(case.lengths, 4, "contiguous")
+    layout = SequenceLayout((40, 200), 4, "contiguous")
+    for family, method in [
+        *((family, "lasp2") for family in KINDS),
+        ("kda", "lasp1"),
+        ("gla", "zeco"),
+        ("gla", "ulysses"),
+    ]:
+        case = LinearCase(family, layout.lengths)
         # On a border of ranks, beside it, and inside a chunk.
         for token in (119, 120, 190):
-            results = gloo_pool.run(ranks.outputs_with_and_without_future, case, token, 4)
+            results = gloo_pool.run(ranks.outputs_with_and_without_future, case, token, 4, method)
             for rank, (before, after) in enumerate(results):
                 earlier = layout.token_indices(rank) < token
                 assert torch.equal(before[earlier], after[earlier])

@@ -40,6 +40,9 @@ def call(family: str = "gated_deltanet", **changed: Any) -> tuple[torch.Tensor, 
         ("deltanet", {"beta": torch.zeros(8, 1).double()}, r"beta is \[8, 1\]"),
         ("basic", {"initial_state": torch.zeros(1, 2, 8, 6).double()}, "initial_state is"),
         ("basic", {"k": torch.zeros(8, 2, 8)}, "expected one floating-point dtype"),
+        ("basic", {"initial_state": torch.zeros(2, 2, 8, 6, dtype=torch.int64)}, "expected a floating-point tensor"),
+        ("basic", {"scale": torch.tensor(0.5)}, "scale is a tensor"),
+        ("basic", {"group": 7}, "group is 7; expected a process group"),
         ("basic", {"layout": SequenceLayout((9,), 1)}, "expected 9 rows"),
         ("basic", {"layout": SequenceLayout(LENGTHS, 2)}, "group is None for a layout of degree 2"),
     ],
@@ -85,3 +88,22 @@ def test_kernel_that_is_not_installed_names_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'raysp\[fla\]'"):
         call(kernel="fla")
+
+
+def test_convolution_refuses_other_dtypes_and_a_bias_of_other_channels() -> None:
+    layout, x = SequenceLayout(LENGTHS, 1), torch.zeros(8, 3)
+    for weight, bias, message in (
+        (torch.zeros(3, 2).double(), None, "expected the same of both"),
+        (torch.zeros(3, 0), None, "expected W of at least 1"),
+        (torch.zeros(3, 2), torch.zeros(1), r"bias \[3\] or None"),
+    ):
+        with pytest.raises(InputError, match=message):
+            short_convolution(x, weight, bias, layout=layout, group=None)
+
+
+def test_results_may_be_changed_in_place() -> None:
+    for family, causal in (("kda", True), ("basic", False)):
+        inputs = {name: tensor.requires_grad_() for name, tensor in draw_inputs(family, LENGTHS, seed=0).items()}
+        out, final = call(family, **inputs, causal=causal, output_final_state=True)
+        assert final is not None
+        (out.mul_(2).sum() + final.mul_(2).sum()).backward()
