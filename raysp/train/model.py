@@ -134,7 +134,9 @@ def read_model_config(config: ModelConfig, *, vocab_size: int | None, max_length
             if not strict and not isinstance(error, (ValueError, KeyError, TypeError)):
                 raise
             if known:
-                raise InputError(f"model.config does not fit {model_type!r}: {_reason(error)}.") from error
+                # A strict dataclass names the field in the first line and what was expected in the next.
+                reason = " ".join(str(error).split()).rstrip(".:")
+                raise InputError(f"model.config does not fit {model_type!r}: {reason}.") from error
             raise InputError(
                 f"model.config with model_type = {model_type!r} is not understood: {_reason(error)}. "
                 "Expected a transformers model type such as 'llama' and its fields."
