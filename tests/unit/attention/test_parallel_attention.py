@@ -49,6 +49,15 @@ def test_gradients_under_checkpointing_are_the_same() -> None:
         assert torch.equal(expected, found)
 
 
+def test_a_gradient_of_a_gradient_is_refused() -> None:
+    layout = SequenceLayout([6], 1)
+    q, k, v = (torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out = parallel_attention(q, k, v, layout=layout, group=None)
+    # Linear in the output: the incoming gradient itself needs none.
+    with pytest.raises(InputError, match="expected first derivatives alone"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
 def test_inputs_that_are_views_of_another_memory_order_are_accepted() -> None:
     q, k, v = (tensor.detach() for tensor in make_rows())
     strided = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (q, k, v)]
