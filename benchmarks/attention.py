@@ -22,10 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -52,6 +48,7 @@ from benchmarks.attention_launch import measure_link  # noqa: E402
 from benchmarks.attention_report import markdown, plot, show_targets  # noqa: E402
 from benchmarks.attention_simulation import HARDWARE, plot_simulation, simulate  # noqa: E402
 from benchmarks.attention_targets import judged, targets  # noqa: E402
+from benchmarks.provenance import commit, hardware  # noqa: E402
 
 
 def main() -> None:
@@ -59,8 +56,8 @@ def main() -> None:
     console = Console(width=max(150, Console().width))
     arguments.output.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
-        "hardware": HARDWARE if arguments.simulate else _hardware(arguments.device),
-        "commit": arguments.commit or _commit(),
+        "hardware": HARDWARE if arguments.simulate else hardware(arguments.device),
+        "commit": arguments.commit or commit("raysp", "benchmarks/*.py"),
         "command": " ".join(["python", *sys.argv]),
         "torch": torch.__version__,
     }
@@ -191,24 +188,6 @@ def _known(parser: argparse.ArgumentParser, text: str, known: tuple[str, ...]) -
         if name not in known:
             parser.error(f"{name!r} is unknown; expected {', '.join(known)}.")
     return chosen
-
-
-def _hardware(device: str) -> str:
-    if device == "cuda" and torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
-
-
-def _commit() -> str:
-    if shutil.which("git") is None:
-        return "unknown"
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, check=False).stdout.strip()
-
-    commit = git("rev-parse", "--short", "HEAD")
-    changed = git("status", "--porcelain", "--", "raysp", "benchmarks/*.py")
-    return f"{commit or 'unknown'}{' with changes' if changed else ''}"
 
 
 if __name__ == "__main__":

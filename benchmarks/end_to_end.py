@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 # The planner's benchmark lies beside this file and would hide the package of its name.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != _HERE)]
 
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from benchmarks.provenance import commit, hardware  # noqa: E402
 from raysp.cluster.driver import train  # noqa: E402
 from raysp.config import Config, load_config  # noqa: E402
 from raysp.tracking.console import ConsoleReporter  # noqa: E402
@@ -55,8 +54,8 @@ def main() -> None:
             runs[policy] = _run(load_config(arguments.config, overrides), console)
     result = _summarize(runs, arguments.skip_steps)
     result |= {
-        "hardware": _hardware(),
-        "commit": arguments.commit or _commit(),
+        "hardware": hardware(),
+        "commit": arguments.commit or commit("raysp", "planner", "benchmarks/*.py"),
         "command": " ".join(["python", *sys.argv]),
         "config": arguments.config,
         "torch": torch.__version__,
@@ -157,17 +156,6 @@ def _plot(runs: dict[str, list[StepFinished]], path: Path) -> None:
     losses.legend()
     times.legend()
     figure.savefig(path, dpi=120)
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

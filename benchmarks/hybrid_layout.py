@@ -30,7 +30,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.rank_timing import Row, Run, Site, commit, hardware, measured, reported  # noqa: E402
+from benchmarks.provenance import commit, hardware  # noqa: E402
+from benchmarks.rank_timing import Row, Run, Site, measured, reported  # noqa: E402
 from raysp.attention import SequenceLayout, parallel_attention, relayout  # noqa: E402
 
 _HEADINGS = ("method", "rows lie", "ms", "of zigzag", "sent MB")
@@ -128,7 +129,7 @@ def _write(arguments: argparse.Namespace, task: Task, rows: list[Row], console: 
     arguments.output.mkdir(parents=True, exist_ok=True)
     base = arguments.output / f"hybrid_layout_{arguments.name or arguments.device}"
     result: dict[str, Any] = {
-        "hardware": hardware(arguments.device), "commit": arguments.commit or commit(),
+        "hardware": hardware(arguments.device), "commit": arguments.commit or commit("raysp", "benchmarks/*.py"),
         "command": " ".join(["python", *sys.argv]), "torch": torch.__version__, "degree": arguments.degree,
         **asdict(task), "rows": rows,
     }  # fmt: skip

@@ -35,7 +35,8 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.linear_attention_ring import RingLinearAttention  # noqa: E402
-from benchmarks.rank_timing import Row, Run, Site, commit, hardware, measured, reported  # noqa: E402
+from benchmarks.provenance import commit, hardware  # noqa: E402
+from benchmarks.rank_timing import Row, Run, Site, measured, reported  # noqa: E402
 from raysp.attention import SequenceLayout  # noqa: E402
 from raysp.comm import Communicator  # noqa: E402
 from raysp.linear_attention import KERNELS, parallel_linear_attention  # noqa: E402
@@ -195,7 +196,7 @@ def _write(arguments: argparse.Namespace, task: Task, rows: list[dict[str, Any]]
     arguments.output.mkdir(parents=True, exist_ok=True)
     base = arguments.output / f"linear_attention_{arguments.name or arguments.device}"
     result = {
-        "hardware": hardware(arguments.device), "commit": arguments.commit or commit(),
+        "hardware": hardware(arguments.device), "commit": arguments.commit or commit("raysp", "benchmarks/*.py"),
         "command": " ".join(["python", *sys.argv]), "torch": torch.__version__, "device": arguments.device,
         "degree": arguments.degree, **asdict(task), "rows": rows,
     }  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from raysp.attention.merge import accumulation_dtype
 from raysp.comm import Communicator, Message, exchange
 from raysp.linear_attention.operator import LocalInputs, LocalOperator
 from raysp.linear_attention.rates import MakeOperator
@@ -69,17 +70,13 @@ class RingLinearAttention(torch.autograd.Function):
         return gradients.q, gradients.k, gradients.v, gradients.log_decay, gradients.beta, None, None, None, None
 
 
-def _operator(rows: Rows, rule: str, scale: float, make: MakeOperator) -> LocalOperator:
+def _operator(rows: Sequence[Any], rule: str, scale: float, make: MakeOperator) -> LocalOperator:
     q, k, v, log_decay, beta = rows
-    assert q is not None
-    assert k is not None
-    assert v is not None
     return make(LocalInputs(q, k, v, log_decay, beta, rule, scale, (q.shape[0],)))
 
 
 def _state_like(q: Tensor, v: Tensor) -> Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_zeros(q.shape[1], q.shape[2], v.shape[2], dtype=dtype)
+    return q.new_zeros(q.shape[1], q.shape[2], v.shape[2], dtype=accumulation_dtype(q.dtype))
 
 
 def _product(left: Tensor | None, right: Tensor | None) -> Tensor | None:

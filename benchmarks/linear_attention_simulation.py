@@ -28,7 +28,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -43,6 +42,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from benchmarks.attention_cases import tokens_text  # noqa: E402
+from benchmarks.provenance import commit  # noqa: E402
 from planner import (  # noqa: E402
     LinearAttentionShape,
     LinearAttentionWork,
@@ -343,7 +343,8 @@ def main() -> None:
     rows = simulate(arguments.tokens, arguments.ranks, model, machine, passes)
     result = {
         "hardware": f"simulated {arguments.ranks} x {machine.name}, on {os.cpu_count()} CPU cores ({platform.machine()})",
-        "commit": arguments.commit or _commit(), "command": " ".join(["python", *sys.argv]), "local_times": source,
+        "commit": arguments.commit or commit("planner", "benchmarks/*.py"), 
+        "command": " ".join(["python", *sys.argv]), "local_times": source,
         "machine": vars(machine), "model": {**vars(model), "shape": vars(model.shape)},
         "comparison": compared(rows, arguments.ranks, model, machine, passes), "why": why(rows), "rows": rows,
     }  # fmt: skip
@@ -462,13 +463,6 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.tokens = tuple(int(text) for text in arguments.tokens.split(","))
     return arguments
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 # This file is called as the package that it measures; its folder must not come first.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != _HERE)]
 
 from rich.console import Console  # noqa: E402
 from rich.progress import (  # noqa: E402
@@ -47,6 +48,7 @@ from rich.progress import (  # noqa: E402
 )
 from rich.table import Table  # noqa: E402
 
+from benchmarks.provenance import commit  # noqa: E402
 from planner import (  # noqa: E402
     CostModel,
     StepPlan,
@@ -103,7 +105,7 @@ def main() -> None:
         name += "_files"
     result = {
         "hardware": _hardware(),
-        "commit": _commit(),
+        "commit": commit("planner"),
         "command": " ".join(["python", *sys.argv]),
         "preset": arguments.preset,
         "num_gpus": arguments.num_gpus,
@@ -626,14 +628,6 @@ def _hardware() -> str:
     )
     name = names[0].partition(":")[2].strip() if names else platform.processor()
     return f"{os.cpu_count()} CPU cores ({name or platform.machine()})"
-
-
-def _commit() -> str:
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, check=False).stdout.strip()
-
-    commit = git("rev-parse", "--short", "HEAD")
-    return f"{commit or 'unknown'}{' with changes' if git('status', '--porcelain', '--', 'planner') else ''}"
 
 
 if __name__ == "__main__":

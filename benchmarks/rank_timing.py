@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,20 +86,6 @@ def measured(runs: dict[str, Run], leaves: list[Tensor], site: Site, *, rounds: 
     for row in rows:
         row["time_s"] = statistics.median(times[row["name"]])
     return rows
-
-
-def hardware(device: str) -> str:
-    """What runs it, for results."""
-    if device == "cuda":
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
-
-
-def commit() -> str:
-    """Of this checkout, for results."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def _run_rank(

@@ -68,7 +68,7 @@ def sparse_parallel_attention(
             f"key_projection has {key_projection.shape[1]} projected rows and value_projection "
             f"{value_projection.shape[1]}; expected the same."
         )
-    communicator = group if isinstance(group, Communicator) else _communicator(group)
+    communicator = Communicator.of(group, layout.degree)
     documents = torch.bucketize(
         layout.token_indices(communicator.group_rank), torch.tensor(layout.lengths).cumsum(0), right=True
     )
@@ -94,10 +94,6 @@ def sparse_parallel_attention(
         scale=scale,
     )
     return out[torch.argsort(rows)]
-
-
-def _communicator(group: ProcessGroup | None) -> Communicator:
-    return Communicator.alone() if group is None else Communicator.wrap(group)
 
 
 def _projected(x_THD: Tensor, projection: Tensor, positions: Tensor, counts: list[int]) -> Tensor:

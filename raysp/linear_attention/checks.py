@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from planner.linear_attention_work import RULES
 from raysp.attention import SequenceLayout
 from raysp.errors import InputError
 from raysp.linear_attention.chains import local_pieces
-from raysp.linear_attention.operator import RULES
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,22 +23,11 @@ def check_inputs(
         InputError: Names the argument, what it is and what was expected.
     """
     local_pieces(layout, group_rank)  # refuses a layout whose rows are not in order
-    if rule not in RULES:
-        raise InputError(f"rule {rule!r} is unknown; expected one of {', '.join(RULES)}.")
     _check_rows(q, k, v, layout.local_tokens(group_rank), group_rank)
     num_tokens, num_heads, key_size = q.shape
     _check_gate("log_decay", log_decay, q, ([num_heads], [num_tokens, num_heads], [num_tokens, num_heads, key_size]))
     _check_gate("beta", beta, q, ([num_tokens, num_heads],))
-    if (beta is None) != (rule == "additive"):
-        raise InputError(
-            f"rule {rule!r} with{'out' if beta is None else ''} beta; expected beta with rule 'delta' and none with "
-            "'additive'."
-        )
-    if not causal and (rule != "additive" or log_decay is not None):
-        raise InputError(
-            f"causal = False with rule {rule!r} and {'no' if log_decay is None else 'a'} decay; expected the additive rule "
-            "without decay: others depend on the order of the tokens. Run them once along and once against the tokens."
-        )
+    check_rule(rule, log_decay, beta, causal=causal)
     if initial_state is not None:
         expected = [len(layout.lengths), num_heads, key_size, v.shape[2]]
         if list(initial_state.shape) != expected:
@@ -51,6 +40,26 @@ def check_inputs(
                 f"initial_state is {initial_state.dtype} on {initial_state.device}; expected a floating-point tensor on "
                 f"{q.device}, where q is."
             )
+
+
+def check_rule(rule: str, log_decay: Tensor | None, beta: Tensor | None, *, causal: bool) -> None:
+    """Check that rule, gates and direction go together.
+
+    Raises:
+        InputError: Names what does not.
+    """
+    if rule not in RULES:
+        raise InputError(f"rule {rule!r} is unknown; expected one of {', '.join(RULES)}.")
+    if (beta is None) != (rule == "additive"):
+        raise InputError(
+            f"rule {rule!r} with{'out' if beta is None else ''} beta; expected beta with rule 'delta' and none with "
+            "'additive'."
+        )
+    if not causal and (rule != "additive" or log_decay is not None):
+        raise InputError(
+            f"causal = False with rule {rule!r} and {'no' if log_decay is None else 'a'} decay; expected the additive rule "
+            "without decay, as what is not causal has no order. Run them once along and once against the tokens."
+        )
 
 
 def _check_rows(q: Tensor, k: Tensor, v: Tensor, num_rows: int, group_rank: int) -> None:

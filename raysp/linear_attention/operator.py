@@ -24,8 +24,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-RULES = ("additive", "delta")
-
 
 @dataclass(frozen=True)
 class LocalInputs:
@@ -37,7 +35,7 @@ class LocalInputs:
         v: ``[T, H, V]``.
         log_decay: ``None``, ``[T, H]`` or ``[T, H, K]``, at most 0; applied before the token's own update.
         beta: ``[T, H]`` with the delta rule, else ``None``.
-        rule: One of ``RULES``.
+        rule: ``additive`` or ``delta``.
         scale: Factor of the output.
         piece_lengths: Tokens of each piece, in order; their sum is T, none is 0. Empty on a rank without tokens.
     """

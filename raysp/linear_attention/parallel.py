@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def parallel_linear_attention(
             method, layout=layout, group=communicator, shape=_shape(q, v, log_decay, beta, rule), causal=causal,
             make=make, dtype=q.dtype, device=q.device,
         )  # fmt: skip
-        problem = _Problem(rule, scale, causal, layout, communicator, chosen, kernel, make)
+        problem = _Problem(rule, scale, causal, layout, communicator, chosen, make)
         if chosen.method == "ulysses" and communicator.degree > 1:
             out, final = _by_heads(q, k, v, log_decay, beta, initial_state, problem, output_final_state)
         else:
@@ -118,7 +118,6 @@ class _Problem:
         layout: Contiguous.
         group: The ranks.
         choice: How states travel.
-        kernel: Name of the local operator.
         make: The local operator.
     """
 
@@ -128,7 +127,6 @@ class _Problem:
     layout: SequenceLayout
     group: Communicator
     choice: LinearChoice
-    kernel: str
     make: MakeOperator
 
     @property
@@ -164,8 +162,8 @@ def _by_tokens(
 def _by_heads(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, initial_state: Tensor | None,
     problem: _Problem, output_final_state: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Output and final states of all documents, each rank having run all tokens for its share of the heads."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and, if asked for, final states of all documents; each rank runs all tokens for its share of the heads."""
     layout, group = problem.layout, problem.group
     counts = [layout.local_tokens(rank) for rank in range(layout.degree)]
     travelling = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
@@ -180,15 +178,10 @@ def _by_heads(
     shares = head_shares(q.shape[1], group.degree)
     initial = None if initial_state is None else own_heads(initial_state, group, dim=1)
     if shares[group.group_rank]:
-        out, final = parallel_linear_attention(
-            rows["q"], rows["k"], rows["v"], rows["log_decay"], rows["beta"], problem.rule,  # type: ignore[arg-type]
-            layout=layout.memo("joined", lambda: SequenceLayout(layout.lengths, 1, "contiguous")),
-            group=None,
-            causal=problem.causal,
-            scale=problem.scale,
-            initial_state=initial,
-            output_final_state=output_final_state,
-            kernel=problem.kernel,
+        joined = layout.memo("joined", lambda: SequenceLayout(layout.lengths, 1, "contiguous"))
+        alone = replace(problem, layout=joined, group=Communicator.alone())
+        out, final = _by_tokens(
+            rows["q"], rows["k"], rows["v"], rows["log_decay"], rows["beta"], initial, alone,  # type: ignore[arg-type]
         )  # fmt: skip
     else:
         # More ranks than heads. The empty results hang on every input, for what follows communicates in its backward too.
@@ -196,7 +189,7 @@ def _by_heads(
         out = traded[2] + torch.stack([each.to(traded[2].dtype) for each in everything]).sum()
         empty = (len(layout.lengths), 0, q.shape[2], v.shape[2])
         final = out.new_zeros(empty, dtype=accumulation_dtype(q.dtype)) + out.sum()
-    if output_final_state and final is not None:
+    if output_final_state:
         final = GatherRows.apply(final.transpose(0, 1), shares, group).transpose(0, 1)
     return ToTokens.apply(counts, q.shape[1], group, out), final
 

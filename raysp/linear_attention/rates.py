@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from planner import LinearAttentionShape, LocalPass
+from raysp.attention.merge import accumulation_dtype
 from raysp.linear_attention.operator import LocalInputs, LocalOperator
 
 # The phases are linear in the tokens but for a start that long calls do not feel.
@@ -48,9 +49,8 @@ def local_pass(per_token_s: list[float], num_tokens: int) -> LocalPass:
 
 def _phases(make: MakeOperator, inputs: LocalInputs, device: torch.device) -> tuple[list[float], list[float]]:
     """Seconds of: the whole pass, the summary, the work ahead, and the transition beyond them; forward and backward."""
-    states = inputs.q.new_zeros(1, *inputs.q.shape[1:], inputs.v.shape[2], dtype=torch.float32)
-    if inputs.q.dtype == torch.float64:
-        states = states.double()
+    dtype = accumulation_dtype(inputs.q.dtype)
+    states = inputs.q.new_zeros(1, *inputs.q.shape[1:], inputs.v.shape[2], dtype=dtype)
     dout = torch.ones_like(inputs.v)
     operator, again, backward = make(inputs), make(inputs), make(inputs)
     summary_s = _timed_s(lambda: operator.outgoing(None, with_transition=False), device)

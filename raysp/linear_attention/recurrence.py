@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raysp.errors import InputError
-from raysp.linear_attention.operator import RULES
+from raysp.linear_attention.checks import check_rule
 
 
 def naive_linear_attention(
@@ -50,7 +49,7 @@ def naive_linear_attention(
     Source:
         Gated DeltaNet (arXiv:2412.06464), table 1; GLA (arXiv:2312.06635).
     """
-    _check(rule, log_decay, beta, causal)
+    check_rule(rule, log_decay, beta, causal=causal)
     num_heads, key_size = q.shape[1:]
     scale = key_size**-0.5 if scale is None else scale
     if initial_state is None:
@@ -89,13 +88,3 @@ def _row_decay(log_decay: Tensor, num_tokens: int) -> Tensor:
     if log_decay.ndim == 2:
         log_decay = log_decay[:, :, None]
     return log_decay.exp()[..., None]
-
-
-def _check(rule: str, log_decay: Tensor | None, beta: Tensor | None, causal: bool) -> None:
-    if rule not in RULES:
-        raise InputError(f"the rule of linear attention is {rule!r}; expected one of {', '.join(RULES)}.")
-    if (beta is not None) != (rule == "delta"):
-        given = "without" if beta is None else "with"
-        raise InputError(f"rule {rule!r} came {given} beta; beta goes with the delta rule, and only with it.")
-    if not causal and (rule != "additive" or log_decay is not None):
-        raise InputError("attention that is not causal has no order; use the additive rule without log_decay.")
