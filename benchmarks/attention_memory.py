@@ -32,8 +32,8 @@ def peak_formula(case: Case, candidate: Candidate, degree: int, item_bytes: int)
         return None
     picked = _picked_share(case, method, degree)
     if method == "all_gather":
-        # out and dq; gradients of the keys in the order of the call.
-        held = 2 * q + picked * kv
+        # out and dq, with packed documents dq of a block; gradients of the keys in the order of the call.
+        held = (3 if len(case.lengths) > 1 else 2) * q + picked * kv
     elif method == "ulysses":
         # out as tokens, and as heads: q, out, its gradient and dq; k and v and their gradients.
         held = 5 * q + 2 * kv

@@ -7,7 +7,7 @@ the forward. ``ulysses`` and ``ulysses_ring`` keep what they traded and go with 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from planner.attention_cost import ATTENTION_METHODS, MethodTime, method_times, why_not
@@ -75,6 +75,8 @@ def choose_methods(
     *,
     hides_last_return: bool = False,
     head_groups: int = HEAD_GROUPS,
+    whole_apart: bool = True,
+    host_factors: Mapping[str, tuple[float, float]] | None = None,
 ) -> MethodDecision:
     """Pick the methods whose forward and backward together take least; on a tie the one allowed first.
 
@@ -85,6 +87,8 @@ def choose_methods(
         allowed: Methods to pick from.
         hides_last_return: See `method_times`.
         head_groups: See `method_times`.
+        whole_apart: See `method_times`.
+        host_factors: See `method_times`.
 
     Raises:
         PlanError: A method is unknown, or none of them can run.
@@ -92,7 +96,10 @@ def choose_methods(
     allowed = tuple(dict.fromkeys(allowed))
     reasons = [(method, why_not(method, work)) for method in allowed]
     left_out = tuple((method, reason) for method, reason in reasons if reason is not None)
-    times = method_times(work, link, rate, allowed, hides_last_return=hides_last_return, head_groups=head_groups)
+    times = method_times(
+        work, link, rate, allowed, hides_last_return=hides_last_return, head_groups=head_groups,
+        whole_apart=whole_apart, host_factors=host_factors,
+    )  # fmt: skip
     if not times:
         why = "; ".join(f"{method}: {reason}" for method, reason in left_out) or "no method is allowed"
         raise PlanError(f"no method can run ({why}). Allow one that runs any degree, such as 'ring'.")

@@ -8,7 +8,7 @@ a row of passes without a pause. `planner.attention_choice` picks a method from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,8 @@ def method_times(
     *,
     hides_last_return: bool = False,
     head_groups: int = HEAD_GROUPS,
+    whole_apart: bool = True,
+    host_factors: Mapping[str, tuple[float, float]] | None = None,
 ) -> tuple[MethodTime, ...]:
     """Predict forward and backward of each method.
 
@@ -86,6 +88,9 @@ def method_times(
         hides_last_return: The ring and TokenRing keep half of the work on own rows for their last exchange; otherwise
             it is exposed.
         head_groups: Groups of key heads that an all-gather moves one after the other.
+        whole_apart: An all-gather computes whole documents in a call of their own, where that hides much.
+        host_factors: By method, how much longer the host was seen to take for a forward and a backward than its single
+            operations add up to; 1 where nothing is said.
 
     Returns:
         One for each method that can run, in order; the one row ``"local"`` at degree 1.
@@ -107,12 +112,17 @@ def method_times(
             backward=backward,
             hides_last_return=hides_last_return,
             head_groups=head_groups,
+            whole_apart=whole_apart,
         )
         return local_steps(call) if method == LOCAL else METHOD_STEPS[method](call, work)
 
     times = []
     for method in [LOCAL] if work.degree == 1 else runnable:
-        forward, backward = (_timed(steps(method, backward=backward), link, rate) for backward in (False, True))
+        factors = (host_factors or {}).get(method, (1.0, 1.0))
+        forward, backward = (
+            _timed(steps(method, backward=backward), link, rate, host_factor=factor)
+            for backward, factor in zip((False, True), factors, strict=True)
+        )
         times.append(
             MethodTime(
                 method=method,
@@ -162,11 +172,12 @@ class _PassTime:
     num_bytes: int
 
 
-def _timed(steps: Sequence[Step], network: Network, rate: KernelRate) -> _PassTime:
+def _timed(steps: Sequence[Step], network: Network, rate: KernelRate, *, host_factor: float) -> _PassTime:
     compute_s = [float(step.load[0].max()) for step in steps]
     messages_s = [network.transfer_s(step.messages) for step in steps]
     exposed_s = sum(max(0.0, moved - computed) for moved, computed in zip(messages_s, compute_s, strict=True))
-    host_s = float(sum(step.load[1] + _takes_part(step.messages) * rate.host.exchange_s for step in steps).max())
+    issuing_s = sum(step.load[1] + _takes_part(step.messages) * rate.host.exchange_s for step in steps)
+    host_s = host_factor * float(np.max(issuing_s))
     return _PassTime(
         total_s=max(sum(compute_s) + exposed_s, host_s),
         compute_s=sum(compute_s),

@@ -23,11 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
 
 # How far the share of a rank in the tokens of the cut documents may be from 1/N, in 1/N.
 _MOST_UNEVEN_SHARE = 0.1
 # No chunk is shorter than this part of an equal one.
 _LEAST_CHUNK = 0.25
+# Part of a rank's pairs from which its whole documents are worth a kernel call of their own.
+_LEAST_WORK_APART = 0.25
 # Work of the busiest rank over the mean: in causal attention, and where queries see all of their documents.
 _MOST_CAUSAL_WORK = 1.02
 _MOST_FULL_WORK = 1.05
@@ -79,6 +82,18 @@ class ZigzagCut:
         joined = self.chunk_rows.reshape(documents, chunks // factor, factor).sum(axis=2)
         whole_rank = np.where(self.is_cut, -1, self.whole_rank // factor)
         return ZigzagCut(joined, whole_rank, self.lengths)
+
+
+def works_apart(whole_pairs: FloatArray | float, all_pairs: FloatArray | float) -> NDArray[np.bool_]:
+    """Say whether a rank that gathers keys computes its whole documents in a kernel call of their own.
+
+    They need no keys of other ranks, so the call hides what is on the way; documents that are cut take another one.
+
+    Args:
+        whole_pairs: Pairs of a query and a key in whole documents.
+        all_pairs: In all of the rank's work.
+    """
+    return np.asarray(whole_pairs) > _LEAST_WORK_APART * np.asarray(all_pairs)
 
 
 def zigzag_cut(lengths: Sequence[int], degree: int) -> ZigzagCut:

@@ -51,6 +51,7 @@ class AttentionPass:
         backward: Which of the two.
         hides_last_return: Half of the work on own rows is kept for the last exchange of a ring, which hides it.
         head_groups: Groups of key heads that an all-gather moves one after the other.
+        whole_apart: An all-gather computes whole documents in a call of their own, where that hides much.
     """
 
     shards: Shards
@@ -62,6 +63,7 @@ class AttentionPass:
     backward: bool
     hides_last_return: bool
     head_groups: int = HEAD_GROUPS
+    whole_apart: bool = True
 
     @property
     def degree(self) -> int:

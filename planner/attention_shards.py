@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
-from planner.attention_cut import ZigzagCut
+from planner.attention_cut import ZigzagCut, works_apart
 from planner.attention_routes import FIRST_CHUNKS, SECOND_CHUNKS, Bundles
 from planner.attention_work import AttentionWork, FloatArray, IntArray, visible_pairs
 
@@ -50,7 +51,7 @@ class Shards:
         self._causal = work.causal
         self._n0 = efficient_rows
         self._cut = work.cut.coarsened(merged)
-        self._key_cut = work.key_cut.coarsened(merged)
+        self._key_cut = self._cut if work.key_cut is work.cut else work.key_cut.coarsened(merged)
 
     @cached_property
     def query_rows(self) -> FloatArray:
@@ -93,8 +94,12 @@ class Shards:
             return KernelWork(padded, (padded > 0).astype(np.float64), np.zeros(padded.shape))
         return self._causal_pairs(part) if self.window is None else self._windowed_pairs(part)
 
-    def gathered(self) -> KernelWork:
-        """Return the work of each rank, ``[N]``, where all keys of a query piece are one segment, in one call."""
+    def gathered(self, *, apart: bool = True) -> KernelWork:
+        """Return the work of each rank, ``[N]``, where all keys of a query piece are one segment, in one call.
+
+        Args:
+            apart: Without what `apart` returns.
+        """
         if not self._causal:
             padded = self._full_sides(self._cut.rows) @ (self._key_cut.lengths + self._n0)
             read = self.keys.needed.sum(axis=0) + self.key_rows
@@ -105,7 +110,15 @@ class Shards:
                 keys = np.minimum(keys, self._chunks + self.window - 1)
             padded = self._by_query_rank(self._padded(pairs, self._chunks, keys).sum(axis=1)) + self._whole_pairs
             read = self._by_query_rank(keys.sum(axis=1)) + _row_sums(self._cut.whole_rows)
+        if apart:
+            padded = np.where(self._is_apart & ~self._has_cut_rows, 0.0, padded - self._is_apart * self._whole_pairs)
+            read = read - self._is_apart * _row_sums(self._cut.whole_rows)
         return KernelWork(padded, (padded > 0).astype(np.float64), read)
+
+    def apart(self) -> KernelWork:
+        """Return the work of each rank, ``[N]``, on whole documents that a rank computes without gathered keys."""
+        padded = np.where(self._is_apart, self._whole_pairs, 0.0)
+        return KernelWork(padded, (padded > 0).astype(np.float64), np.zeros(padded.shape))
 
     @cached_property
     def _chunks(self) -> FloatArray:
@@ -128,6 +141,25 @@ class Shards:
         """``int64 [2N]``: the rank of each chunk."""
         chunks = np.arange(2 * self.degree)
         return np.minimum(chunks, 2 * self.degree - 1 - chunks)
+
+    @cached_property
+    def _is_apart(self) -> NDArray[np.bool_]:
+        """``[N]``: see `planner.attention_cut.works_apart`; only where queries and keys are the same tokens."""
+        if self._cut is not self._key_cut:
+            return np.zeros(self.degree, dtype=bool)
+        rows = self._cut.whole_rows.astype(np.float64)
+        whole = _row_sums(self._visible(rows, rows))
+        if self._causal:
+            cut = self._by_query_rank((self._visible(self._stops) - self._visible(self._starts)).sum(axis=1))
+        else:
+            cut = _row_sums((self._cut.rows - self._cut.whole_rows) * self._cut.lengths)
+        return works_apart(whole, whole + cut)
+
+    @cached_property
+    def _has_cut_rows(self) -> NDArray[np.bool_]:
+        """``[N]``: whether a rank holds rows of documents that are cut."""
+        has_rows: NDArray[np.bool_] = (self._cut.rows > self._cut.whole_rows).any(axis=1)
+        return has_rows
 
     @cached_property
     def _whole_pairs(self) -> FloatArray:

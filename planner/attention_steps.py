@@ -90,13 +90,17 @@ def token_ring_steps(call: AttentionPass) -> list[Step]:
 
 
 def all_gather_steps(call: AttentionPass) -> list[Step]:
-    """Steps of gathering keys by groups of heads; in the backward their gradients go home one group later."""
+    """Steps of gathering keys by groups of heads; in the backward their gradients go home one group later.
+
+    Whole documents are computed while the first group comes, or the last gradients go home.
+    """
     groups = head_groups(call.num_heads, call.num_key_heads, call.head_groups)
     needed = call.shards.keys.needed
     gathers = [needed * (2 * call.row_bytes(key_heads)) for key_heads, _ in groups]
-    work = call.shards.gathered()
+    work = call.shards.gathered(apart=call.whole_apart)
     gathers_then_silence = [*gathers[1:], call.silence()]
-    steps = [Step(call.idle(), gathers[0])]
+    apart = call.kernel_load(call.shards.apart(), call.num_heads, num_picks=0) if call.whole_apart else call.idle()
+    steps = [Step(call.idle() if call.backward else apart, gathers[0])]
 
     def kernel(num_heads: int) -> FloatArray:
         # Keys and values are picked in one operation, and put back in one.
@@ -116,7 +120,7 @@ def all_gather_steps(call: AttentionPass) -> list[Step]:
         if index:
             load, messages = load + returned[index - 1], messages + gathers[index - 1].T * widening
         steps.append(Step(load, messages))
-    return [*steps, Step(call.idle(), gathers[-1].T * widening), Step(returned[-1], call.silence())]
+    return [*steps, Step(apart, gathers[-1].T * widening), Step(returned[-1], call.silence())]
 
 
 def ulysses_steps(call: AttentionPass) -> list[Step]:

@@ -14,6 +14,7 @@ import torch
 
 from planner import AttentionWork, KernelRate, Link, MethodDecision, choose_methods
 from planner.attention_rates import HostRate
+from raysp.attention.host_times import host_factors
 from raysp.attention.kernels import Kernel
 from raysp.attention.methods.all_gather import AllGather
 from raysp.attention.methods.call import Method
@@ -40,15 +41,18 @@ class Tuning:
     Attributes:
         hides_last_return: Rings keep half of the own work for the last exchange.
         head_groups: Groups of key heads that an all-gather moves one after the other.
+        whole_apart: An all-gather computes whole documents in a call of their own, where that hides much.
     """
 
     hides_last_return: bool = False
     head_groups: int = 1
+    whole_apart: bool = True
 
 
 # More kernel calls hide more communication. Each also ends with part of the device idle, which the prediction does not
-# count, so the second must be predicted to be clearly faster.
-_TUNINGS = (Tuning(), Tuning(hides_last_return=True, head_groups=4))
+# count, so the last must be predicted to be clearly faster.
+_PLAIN = (Tuning(whole_apart=False), Tuning())
+_HIDING = Tuning(hides_last_return=True, head_groups=4)
 _CLEARLY_FASTER = 0.9
 
 
@@ -133,17 +137,22 @@ def choose(
         rate = _kernel_rate(group, kernel, device=device, dtype=dtype, head_size=head_size)
         rate = replace(rate, host=replace(rate.host, exchange_s=link.host_s))
         network = Link(bandwidth_bytes_per_s=link.bandwidth_bytes_per_s, latency_s=link.latency_s)
-        decisions = [
-            choose_methods(
+        methods = {each: make_method(each, Tuning()) for each in _CHOSEN_FROM}
+        factors = host_factors(methods, work, network, rate, kernel=kernel, group=group, dtype=dtype, device=device)
+        decisions = {
+            tuning: choose_methods(
                 work, network, rate, _CHOSEN_FROM,
                 hides_last_return=tuning.hides_last_return, head_groups=tuning.head_groups,
+                whole_apart=tuning.whole_apart, host_factors=factors,
             )
-            for tuning in _TUNINGS
-        ]  # fmt: skip
-        plain_s, hiding_s = (decision.forward_s + decision.backward_s for decision in decisions)
-        best = 1 if hiding_s < _CLEARLY_FASTER * plain_s else 0
+            for tuning in (*_PLAIN, _HIDING)
+        }  # fmt: skip
+        times_s = {tuning: decision.forward_s + decision.backward_s for tuning, decision in decisions.items()}
+        best = min(_PLAIN, key=times_s.__getitem__)
+        if times_s[_HIDING] < _CLEARLY_FASTER * times_s[best]:
+            best = _HIDING
         decision = decisions[best]
-        forward, backward = (make_method(each, _TUNINGS[best]) for each in (decision.forward, decision.backward))
+        forward, backward = (make_method(each, best) for each in (decision.forward, decision.backward))
         return Choice(forward, backward, decision)
 
     key = ("choice", group.ranks, kernel.name, num_heads, num_key_heads, head_size, dtype, device)
@@ -158,7 +167,7 @@ def make_method(name: str, tuning: Tuning) -> Method:
         "ring": KeyRing(bidirectional=False, hides_last_return=hides),
         "bidirectional_ring": KeyRing(bidirectional=True, hides_last_return=hides),
         "token_ring": TokenRing(hides_last_return=hides),
-        "all_gather": AllGather(tuning.head_groups),
+        "all_gather": AllGather(tuning.head_groups, tuning.whole_apart),
         "ulysses": Ulysses(),
         "ulysses_ring": UlyssesRing(KeyRing(bidirectional=False, hides_last_return=hides)),
         "rsa": RingSelfAttention(),

@@ -97,13 +97,17 @@ class PartialResult:
         like: A tensor ``[*, H, D]`` that gives heads, head size, device and the input dtype.
         num_partials: Partial results that any row of a head gets at most.
         memory: Where it finds buffers of its own, if not in new memory; then it must not outlive them.
+        exactly_one: Every row of a head gets one partial result, neither none nor two: nothing is merged.
     """
 
-    def __init__(self, num_rows: int, like: Tensor, num_partials: int, memory: Memory | None = None) -> None:
+    def __init__(
+        self, num_rows: int, like: Tensor, num_partials: int, memory: Memory | None = None, *, exactly_one: bool = False
+    ) -> None:
         self._shape = (num_rows, *like.shape[1:])
         self._like = like
         self._memory = Memory(like.device) if memory is None else memory
         self._is_wide = num_partials > 2
+        self._exactly_one = exactly_one
         self._unwritten = _UnwrittenHeads(like.shape[1])
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
@@ -126,8 +130,8 @@ class PartialResult:
         if self._is_wide and held_out.dtype != accumulation_dtype(self._like.dtype):
             wide = self._memory.empty(0, held_out.shape, accumulation_dtype(self._like.dtype))
             held_out = self._out = wide.copy_(held_out)
-        if out.shape[0] == self._shape[0] and self._unwritten.all_of(heads):
-            held_out[:, heads], held_lse[heads] = out, lse
+        if self._exactly_one or (out.shape[0] == self._shape[0] and self._unwritten.all_of(heads)):
+            held_out[rows, heads], held_lse[heads, rows] = out, lse
         else:
             self._clear(heads)
             merge_into(held_out[rows, heads], held_lse[heads, rows], out, lse)
@@ -166,15 +170,20 @@ class GradientSums:
         count: How many tensors are summed side by side (dk and dv: 2).
         num_terms: Gradients that any row of a head gets at most.
         memory: As in ``PartialResult``.
+        exactly_one: As in ``PartialResult``.
     """
 
-    def __init__(self, held: Rows, like: Tensor, count: int, num_terms: int, memory: Memory | None = None) -> None:
+    def __init__(
+        self, held: Rows, like: Tensor, count: int, num_terms: int, memory: Memory | None = None, *,
+        exactly_one: bool = False,
+    ) -> None:  # fmt: skip
         self.held = held
         self._like = like
         self._memory = Memory(like.device) if memory is None else memory
         self._count = count
         self._shape = (len(held), *like.shape[1:])
         self._is_wide = num_terms > 2
+        self._exactly_one = exactly_one
         self._unwritten = _UnwrittenHeads(like.shape[1])
         self._sums: list[Tensor] = []
         # Whether they are gradients that were taken as they are; then no memory is used yet.
@@ -207,13 +216,13 @@ class GradientSums:
         self._allocate(gradients[0].dtype)
         wide = accumulation_dtype(self._like.dtype)
         is_first = len(rows) == len(self.held) and self._unwritten.all_of(heads)
-        if not is_first:
+        if not (is_first or self._exactly_one):
             self._clear(heads)
         if self._is_wide and self._are_kept and self._sums[0].dtype != wide:
             self._sums, self._are_kept = self.to_send(wide), False
         for index, gradient in enumerate(gradients):
-            if is_first:
-                self._sums[index][:, heads] = gradient
+            if is_first or self._exactly_one:
+                self._sums[index][rows.relative_to(self.held), heads] = gradient
             else:
                 self._sums[index][rows.relative_to(self.held), heads] += gradient
         self._unwritten.take(heads)

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from planner.attention_cut import works_apart
+from planner.attention_work import visible_pairs
 from raysp.attention.blocks import NO_ROWS, Block, Pick, Rows, Segments
 from raysp.attention.layout import Part, SequenceLayout
 from raysp.attention.mask import CAUSAL, FULL, DocumentMask, SegmentMask
@@ -33,12 +35,18 @@ class GatheredRows:
     Attributes:
         from_rank: For each group rank the rows of its shard that are read.
         offsets: Where they begin in the buffer, one entry more than ranks; the own rank's rows come first.
-        blocks: All work of the rank on the buffer.
+        blocks: Work of the rank on the buffer.
+        apart: Work on its whole documents, on own key rows as they lie: those behind the ones in the buffer.
     """
 
     from_rank: tuple[Rows, ...]
     offsets: tuple[int, ...]
     blocks: tuple[Block, ...]
+    apart: tuple[Block, ...]
+
+    def cover(self, num_rows: int) -> bool:
+        """Whether each of the rank's query rows is in a block; no row is in two."""
+        return sum(len(block.queries) for block in (*self.blocks, *self.apart)) == num_rows
 
 
 class Schedule:
@@ -116,12 +124,19 @@ class Schedule:
 
         return self.memo("whole", build)
 
-    def gathered(self, group_rank: int) -> GatheredRows:
-        """The work of one rank on keys that it gathers from all."""
-        return self.memo(("gathered", group_rank), lambda: self._gather(group_rank))
+    def gathered(self, group_rank: int, *, apart: bool = True) -> GatheredRows:
+        """The work of one rank on keys that it gathers from all.
 
-    def _gather(self, group_rank: int) -> GatheredRows:
-        own = Rows(0, self.key_layout.local_tokens(group_rank))
+        Args:
+            group_rank: Which.
+            apart: Whether its whole documents may be a call of their own; what it needs of other ranks stays the same.
+        """
+        return self.memo(("gathered", group_rank, apart), lambda: self._gather(group_rank, apart=apart))
+
+    def _gather(self, group_rank: int, *, apart: bool) -> GatheredRows:
+        num_own, is_apart = self.key_layout.local_tokens(group_rank), apart and self._is_apart(group_rank)
+        whole = self.layout.parts(group_rank)[-1]
+        own = Rows(0, int(whole.rows[0]) if is_apart else num_own)
         from_rank = tuple(
             own if rank == group_rank else self.rows_used(group_rank, rank, side="keys") for rank in range(self.degree)
         )
@@ -132,13 +147,34 @@ class Schedule:
         for rank in range(self.degree):
             tokens = self.key_layout.token_indices(rank).numpy()[from_rank[rank].index]
             place[tokens] = np.arange(starts[rank], starts[rank] + len(tokens))
-        return GatheredRows(from_rank, offsets, self._gathered_blocks(group_rank, place, offsets[-1]))
+        whole_blocks: tuple[Block, ...] = ()
+        if is_apart:
+            bounds = tuple((whole.rows - whole.rows[0]).tolist())
+            rows = Rows(own.stop, num_own)
+            whole_blocks = (Block(rows, rows, Segments(bounds, bounds), self.mask.whole_segment),)
+        parts = self.layout.parts(group_rank)[: -1 if is_apart else None]
+        return GatheredRows(from_rank, offsets, self._gathered_blocks(parts, place, offsets[-1]), whole_blocks)
 
-    def _gathered_blocks(self, group_rank: int, place: np.ndarray, num_rows: int) -> tuple[Block, ...]:
+    def _is_apart(self, group_rank: int) -> bool:
+        """Whether the rank's whole documents, which a zigzag layout has in its last part, are a call of their own."""
+        if self.key_layout is not self.layout or self.layout.order != "zigzag":
+            return False
+        pairs = [self._num_pairs(part) for part in self.layout.parts(group_rank)]
+        return bool(works_apart(pairs[-1], sum(pairs)))
+
+    def _num_pairs(self, part: Part) -> float:
+        """Pairs of a part's queries with all the keys that they see."""
+        starts, stops = part.starts.astype(np.float64), part.stops.astype(np.float64)
+        if not self.mask.causal:
+            return float(((stops - starts) * np.array(self.layout.lengths)[part.documents]).sum())
+        window = self.mask.window
+        return float((visible_pairs(stops, window) - visible_pairs(starts, window)).sum())
+
+    def _gathered_blocks(self, parts: Sequence[Part], place: np.ndarray, num_rows: int) -> tuple[Block, ...]:
         """All keys of each query piece in natural order: one kernel call for everything. Picks count from row 0."""
         first_tokens = np.concatenate([[0], np.cumsum(self.key_layout.lengths)])
         reads: list[_Reads] = []
-        for index, part in enumerate(self.layout.parts(group_rank)):
+        for index, part in enumerate(parts):
             for piece in range(len(part.documents)):
                 document, start, stop = (int(x[piece]) for x in (part.documents, part.starts, part.stops))
                 low, high = 0, self.key_layout.lengths[document]

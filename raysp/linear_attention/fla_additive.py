@@ -21,6 +21,7 @@ class AdditivePart:
         self._q, self._k, self._v = (tensor.unsqueeze(0) for tensor in (rows.q, rows.k, rows.v))
         self._common: dict[str, Any] = {"scale": rows.scale, "chunk_size": CHUNK, **rows.packing}
         self._states: tuple[Tensor, Tensor] | None = None
+        self._made_scores: Tensor | None = None
 
     def outgoing(self, initial: Tensor | None, *, with_transition: bool) -> tuple[Tensor, Tensor | None]:
         """A state pass from a known state, which ``output`` uses again, otherwise one product."""
@@ -50,6 +51,11 @@ class AdditivePart:
             decayed(self._rows.q, None if decay is None else decay.cumsum(0), self._rows.scale), dout
         )
         return gradient if dfinal is None else gradient + self._transition().unsqueeze(-1) * dfinal
+
+    def gradient_work_ahead(self, initial: Tensor, dout: Tensor) -> None:
+        """Scores inside chunks; fla's backward makes the states itself."""
+        if self._rows.decays_by_channel:
+            self._scores()
 
     def gradients(self, initial: Tensor, dout: Tensor, dfinals: Tensor) -> PartGradients:
         """fla's backward passes."""
@@ -83,8 +89,9 @@ class AdditivePart:
     def _scores(self) -> Tensor:
         from fla.ops.gla.chunk import chunk_gla_fwd_intra_gk
 
-        scores: Tensor = chunk_gla_fwd_intra_gk(q=self._q, k=self._k, g=self._rows.decay_sums, **self._common)
-        return scores
+        if self._made_scores is None:
+            self._made_scores = chunk_gla_fwd_intra_gk(q=self._q, k=self._k, g=self._rows.decay_sums, **self._common)
+        return self._made_scores
 
     def _transition(self) -> Tensor:
         """``[H, K]``."""

@@ -38,6 +38,7 @@ class DeltaPart:
             self._state_keys = self._k
         self._states: tuple[Tensor, Tensor, Tensor] | None = None
         self._state_gradients: tuple[Tensor, Tensor, Tensor] | None = None
+        self._inside_chunks: tuple[Tensor, Tensor] | None = None
 
     def outgoing(self, initial: Tensor | None, *, with_transition: bool) -> tuple[Tensor, Tensor | None]:
         """A state pass from a known state, which ``output`` uses again; otherwise state and transition together."""
@@ -72,6 +73,11 @@ class DeltaPart:
         if dfinal is not None:
             self._state_gradients = found
         return found[1][0]
+
+    def gradient_work_ahead(self, initial: Tensor, dout: Tensor) -> None:
+        """States before every chunk, and the updates' gradients inside chunks."""
+        self._state_pass(initial)
+        self._gradient_inside_chunks(dout)
 
     def gradients(self, initial: Tensor, dout: Tensor, dfinals: Tensor) -> PartGradients:
         """States once more, their gradients, then those of the rows."""
@@ -121,23 +127,30 @@ class DeltaPart:
     def _gradient_pass(self, initial: Tensor, dout: Tensor, dfinals: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the states after every chunk, of the initial ones, and of what each row adds."""
         from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu
+
+        queries, local = self._gradient_inside_chunks(dout)
+        found: tuple[Tensor, Tensor, Tensor] = chunk_gated_delta_rule_bwd_dhu(
+            q=queries, k=self._state_keys, w=self._w, h0=initial, dht=dfinals, do=dout.unsqueeze(0), dv=local,
+            **self._rows.gates, **self._common,
+        )  # fmt: skip
+        return found
+
+    def _gradient_inside_chunks(self, dout: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries as the pass of the states' gradients reads them, and gradients of the updates from their own chunk."""
         from fla.ops.common.chunk_o import chunk_bwd_dv_local
         from fla.ops.kda.chunk_bwd import chunk_kda_bwd_dAv
         from fla.ops.kda.wy_fast import recompute_w_u_fwd
 
-        given: dict[str, Any] = {"do": dout.unsqueeze(0)}
-        queries = self._q
-        if self._rows.decays_by_channel:
-            # The gradient of the scores that comes with it is of no use yet: it needs the states.
-            _, local = chunk_kda_bwd_dAv(q=self._q, k=self._k, v=self._v, A=self._scores, **given, **self._common)
-            _, _, queries, _ = recompute_w_u_fwd(
-                q=self._q, k=self._k, v=self._v, beta=self._beta, A=self._solved, gk=self._rows.decay_sums,
-                **self._rows.packing,
-            )  # fmt: skip
-        else:
-            local = chunk_bwd_dv_local(q=self._q, k=self._k, g=self._rows.decay_sums, **given, **self._common)
-        found: tuple[Tensor, Tensor, Tensor] = chunk_gated_delta_rule_bwd_dhu(
-            q=queries, k=self._state_keys, w=self._w, h0=initial, dht=dfinals, dv=local, **given, **self._rows.gates,
-            **self._common,
-        )  # fmt: skip
-        return found
+        if self._inside_chunks is None:
+            queries, given = self._q, {"do": dout.unsqueeze(0)}
+            if self._rows.decays_by_channel:
+                # The gradient of the scores that comes with it is of no use yet: it needs the states.
+                _, local = chunk_kda_bwd_dAv(q=self._q, k=self._k, v=self._v, A=self._scores, **given, **self._common)
+                _, _, queries, _ = recompute_w_u_fwd(
+                    q=self._q, k=self._k, v=self._v, beta=self._beta, A=self._solved, gk=self._rows.decay_sums,
+                    **self._rows.packing,
+                )  # fmt: skip
+            else:
+                local = chunk_bwd_dv_local(q=self._q, k=self._k, g=self._rows.decay_sums, **given, **self._common)
+            self._inside_chunks = queries, local
+        return self._inside_chunks

@@ -57,6 +57,8 @@ class FlaOperator:
 
     def output(self, initial_states: Tensor) -> tuple[Tensor, Tensor]:
         """See ``LocalOperator``."""
+        if len(self._places) == 1:
+            return self._part(0).output(initial_states)
         out, finals = torch.empty_like(self._inputs.v), torch.empty_like(initial_states)
         for index, place in enumerate(self._places):
             out[place.rows], finals[place.pieces] = self._part(index).output(initial_states[place.pieces])
@@ -66,6 +68,11 @@ class FlaOperator:
         """See ``LocalOperator``."""
         return self._part(0).incoming_gradient(dout[self._places[0].rows], dfinal)
 
+    def gradient_work_ahead(self, initial_states: Tensor, dout: Tensor) -> None:
+        """See ``LocalOperator``: the states before every chunk, and gradients inside chunks."""
+        for index, place in enumerate(self._places):
+            self._part(index).gradient_work_ahead(initial_states[place.pieces], dout[place.rows])
+
     def gradients(self, initial_states: Tensor, dout: Tensor, dfinals: Tensor) -> LocalGradients:
         """See ``LocalOperator``."""
         parts = [
@@ -73,7 +80,7 @@ class FlaOperator:
             for index, place in enumerate(self._places)
         ]
         rows = {name: self._joined(name, parts) for name in _FIELDS}
-        initials = torch.cat([part.initial for part in parts]) if parts else torch.empty_like(initial_states)
+        initials = _concatenated([part.initial for part in parts]) if parts else torch.empty_like(initial_states)
         return LocalGradients(**rows, initial_states=initials)  # type: ignore[arg-type]
 
     def _joined(self, name: str, parts: list[PartGradients]) -> Tensor | None:
@@ -82,7 +89,7 @@ class FlaOperator:
             return None
         if not parts:
             return torch.empty_like(like)
-        joined = torch.cat([getattr(part, name) for part in parts])
+        joined = _concatenated([getattr(part, name) for part in parts])
         if name == "log_decay" and self._as_channels:
             joined = joined.sum(-1)
         return joined.to(like.dtype)
@@ -103,6 +110,11 @@ class FlaOperator:
             )  # fmt: skip
             self._made[index] = (DeltaPart if inputs.rule == "delta" else AdditivePart)(part)
         return self._made[index]
+
+
+def _concatenated(tensors: list[Tensor]) -> Tensor:
+    """The only one as it is: most ranks of a long document have one part, and its rows need not be copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def needs_channels() -> bool:

@@ -107,6 +107,10 @@ class FlaPart(Protocol):
         """Of the only piece."""
         ...
 
+    def gradient_work_ahead(self, initial: Tensor, dout: Tensor) -> None:
+        """What ``gradients`` will need of these arguments of it."""
+        ...
+
     def gradients(self, initial: Tensor, dout: Tensor, dfinals: Tensor) -> PartGradients:
         """Of everything."""
         ...

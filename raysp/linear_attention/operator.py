@@ -84,7 +84,7 @@ class LocalOperator(Protocol):
         ...
 
     def work_ahead(self) -> None:
-        """Do what needs no state from other ranks, while those travel."""
+        """Do what ``output`` needs of no other rank, while states travel."""
         ...
 
     def output(self, initial_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,6 +109,10 @@ class LocalOperator(Protocol):
         Returns:
             ``[H, K, V]``.
         """
+        ...
+
+    def gradient_work_ahead(self, initial_states: Tensor, dout: Tensor) -> None:
+        """Do what ``gradients`` needs of no other rank, while gradients of states travel; its first two arguments."""
         ...
 
     def gradients(self, initial_states: Tensor, dout: Tensor, dfinals: Tensor) -> LocalGradients:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -231,7 +232,8 @@ class _LinearAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             if links.targets:
                 given = Given(operator.incoming_gradient(dout, dfinal[0] if pieces.ends[0] else None), transition)
-            reached = _scanned(problem.choice.backward, problem, given, links, operator.work_ahead, transposed=True)
+            meanwhile = partial(operator.gradient_work_ahead, starts, dout)
+            reached = _scanned(problem.choice.backward, problem, given, links, meanwhile, transposed=True)
             if reached is not None:
                 # The last piece's final state is no result of this rank.
                 dfinal = torch.cat([dfinal[:-1], reached.unsqueeze(0)])

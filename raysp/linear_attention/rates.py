@@ -59,7 +59,7 @@ def _phases(make: MakeOperator, inputs: LocalInputs, device: torch.device) -> tu
     both_s = _timed_s(lambda: again.outgoing(None, with_transition=True), device)
     forward = [summary_s + intra_s + rest_s, summary_s, intra_s, max(0.0, both_s - summary_s)]
     summary_s = _timed_s(lambda: backward.incoming_gradient(dout, None), device)
-    intra_s = _timed_s(backward.work_ahead, device)
+    intra_s = _timed_s(lambda: backward.gradient_work_ahead(states, dout), device)
     rest_s = _timed_s(lambda: backward.gradients(states, dout, states), device)
     return forward, [summary_s + intra_s + rest_s, summary_s, intra_s, 0.0]
 

@@ -39,7 +39,6 @@ class TorchOperator:
         self._parts: list[_Part] = []
         self._cut(len(inputs.piece_lengths))
         self._last_scan: tuple[Tensor, Tensor] | None = None
-        self._dout: Tensor | None = None
 
     @torch.no_grad()
     def outgoing(self, initial: Tensor | None, *, with_transition: bool) -> tuple[Tensor, Tensor | None]:
@@ -57,12 +56,9 @@ class TorchOperator:
 
     @torch.no_grad()
     def work_ahead(self) -> None:
-        """See ``LocalOperator``; after ``incoming_gradient`` for the gradients, otherwise for the output."""
+        """See ``LocalOperator``."""
         for part in self._parts:
-            if self._dout is None:
-                _ = part.output_map
-            else:
-                part.reads(self._dout)
+            _ = part.output_map
 
     @torch.no_grad()
     def output(self, initial_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,11 +76,17 @@ class TorchOperator:
     def incoming_gradient(self, dout: Tensor, dfinal: Tensor | None) -> Tensor:
         """See ``LocalOperator``; without tokens a gradient passes unchanged."""
         self._cut(min(1, len(self._inputs.piece_lengths)))
-        self._dout = dout
         gradient = self._state_or_zero(dfinal)
         for part in self._parts[:1]:
             gradient = part.state_gradients(dout, gradient[None])[1][0]
         return gradient
+
+    @torch.no_grad()
+    def gradient_work_ahead(self, initial_states: Tensor, dout: Tensor) -> None:
+        """See ``LocalOperator``."""
+        for part in self._parts:
+            part.reads(dout)
+            part.remember_states(initial_states[part.pieces])
 
     @torch.no_grad()
     def gradients(self, initial_states: Tensor, dout: Tensor, dfinals: Tensor) -> LocalGradients:
@@ -132,6 +134,7 @@ class _Part:
         start = sum(inputs.piece_lengths[: pieces.start])
         self.tokens = slice(start, start + sum(inputs.piece_lengths[pieces]))
         self._reads: tuple[Tensor, Tensor] | None = None
+        self._remembered: Tensor | None = None
 
     @cached_property
     def chunks(self) -> ChunkMap:
@@ -165,9 +168,15 @@ class _Part:
         """Gradients of the states after every chunk ``[N, H, K, V]`` and before every piece."""
         return scan_gradients(self.transition, self.reads(dout)[1], dfinal, self.chunks)
 
+    def remember_states(self, initial: Tensor) -> Tensor:
+        """States before every chunk, for ``gradients``."""
+        if self._remembered is None:
+            self._remembered, _ = self.states(initial)
+        return self._remembered
+
     def gradients(self, initial: Tensor, dout: Tensor, dfinal: Tensor) -> tuple[Rows, Tensor]:
         """Gradients of the inputs, in chunks, and of the states before every piece."""
-        states, _ = self.states(initial)
+        states = self.remember_states(initial)
         dstates, dinitial = self.state_gradients(dout, dfinal)
         douts, _ = self.reads(dout)
         found = [

@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from planner import AttentionWork, KernelRate, Link
+from planner.attention_rates import HostRate
 from raysp.attention import (
     SequenceLayout,
     explain_methods,
@@ -24,6 +26,9 @@ from raysp.attention import (
     reference_attention,
     sparse_parallel_attention,
 )
+from raysp.attention.chooser import Tuning, make_method
+from raysp.attention.host_times import host_factors
+from raysp.attention.kernels import resolve_kernel
 from raysp.comm import Communicator, Communicators, RankLostError, Workspace, all_reduce_sum
 from raysp.errors import InputError
 
@@ -412,6 +417,29 @@ def explained_choice(comms: Communicators, case: Case) -> tuple[str, str, str]:
         window=case.window,
     )
     return decision.forward, decision.backward, decision.explain()
+
+
+def measured_host_factors(comms: Communicators, case: Case) -> tuple[dict[str, tuple[float, float]], int]:
+    """By method, against a host that is said to need a microsecond for each operation; and what was counted as sent."""
+    group = comms.communicator(range(case.degree))
+    assert group is not None
+    work = AttentionWork(
+        degree=case.degree, num_heads=case.num_heads, num_key_heads=case.num_key_heads, head_size=case.head_size,
+        lengths=case.lengths,
+    )  # fmt: skip
+    host = HostRate(forward_call_s=1e-6, backward_call_s=1e-6, exchange_s=1e-6, row_operation_s=1e-6)
+    rate = KernelRate(
+        forward_flops_per_s=1e12, backward_flops_per_s=1e12, launch_s=0.0, copy_bytes_per_s=1e12, efficient_rows=0.0,
+        host=host,
+    )  # fmt: skip
+    methods = {name: make_method(name, Tuning()) for name in ("ring", "all_gather", "ulysses", "ulysses_ring")}
+    sent_before = group.counter.sent_bytes
+    factors = host_factors(
+        methods, work, Link(bandwidth_bytes_per_s=1e9, latency_s=1e-5), rate,
+        kernel=resolve_kernel("aten", device=comms.device, dtype=torch.float32, head_size=case.head_size),
+        group=group, dtype=torch.float32, device=comms.device,
+    )  # fmt: skip
+    return factors, group.counter.sent_bytes - sent_before
 
 
 def measurements_after_two_auto_calls(comms: Communicators, case: Case) -> tuple[int, int]:

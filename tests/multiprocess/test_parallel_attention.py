@@ -299,6 +299,16 @@ def test_auto_equals_full_attention_and_is_the_same_choice_on_every_rank(
     assert table.count("<- chosen") == 2
 
 
+def test_what_the_host_takes_for_a_method_is_measured_alike_on_all_ranks(gloo_pool: GlooPool) -> None:
+    found = gloo_pool.run(ranks.measured_host_factors, Case((64,), 4, num_heads=4, num_key_heads=2))
+    assert all(each == found[0] for each in found)
+    factors, sent_bytes = found[0]
+    # Two key heads on four ranks are copied; a real host takes more than a microsecond for an operation.
+    assert set(factors) == {"ring", "all_gather", "ulysses", "ulysses_ring"}
+    assert all(forward > 1 and backward > 1 for forward, backward in factors.values())
+    assert sent_bytes == 0
+
+
 def test_auto_measures_a_group_made_elsewhere_once(gloo_pool: GlooPool) -> None:
     for first, second in gloo_pool.run(ranks.measurements_after_two_auto_calls, Case((64,), 4)):
         assert first == second

@@ -88,6 +88,10 @@ def test_gathered_rows_cover_the_mask_exactly_once(
         assert len(gathered.blocks) <= 1
         for block in gathered.blocks:
             count_block(counts, block, layout.token_indices(rank), buffer)
+        for block in gathered.apart:
+            assert block.queries == Rows(len(gathered.from_rank[rank]), layout.local_tokens(rank))
+            count_block(counts, block, layout.token_indices(rank), layout.token_indices(rank))
+        assert gathered.cover(layout.local_tokens(rank))
     assert torch.equal(counts, mask_of(schedule).long())
 
 
@@ -279,8 +283,12 @@ def test_the_planner_counts_the_work_and_the_rows_of_the_schedule(
             if window is None and part is None:
                 in_order = sum(len(block.pick.index) for block in blocks if block.pick is not None)
                 assert picked[query_rank, key_rank] == in_order
-    gathered = [sum(map(pairs_of, schedule.gathered(rank).blocks)) for rank in range(degree)]
-    assert shards.gathered().padded_pairs == pytest.approx(np.array(gathered), abs=1e-6)
+    for counted, work_of in ((shards.gathered(), "blocks"), (shards.apart(), "apart")):
+        blocks_of = [getattr(schedule.gathered(rank), work_of) for rank in range(degree)]
+        assert counted.padded_pairs == pytest.approx(
+            np.array([sum(map(pairs_of, each)) for each in blocks_of]), abs=1e-6
+        )
+        assert counted.num_calls.tolist() == [len(each) for each in blocks_of]
     read = [sum(block.segments.cu_k[-1] for block in schedule.gathered(rank).blocks) for rank in range(degree)]
     assert (shards.gathered().picked_rows >= np.array(read)).all()
     if window is None:

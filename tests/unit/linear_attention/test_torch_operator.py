@@ -145,7 +145,7 @@ def test_incoming_gradient_is_that_of_the_first_initial_state(family: str, lengt
     operator = make_operator(family, inputs, lengths)
     gradient = operator.incoming_gradient(dout, dfinal[0])
     torch.testing.assert_close(gradient, expected["dinitial_state"][0], rtol=0, atol=1e-10)
-    operator.work_ahead()
+    operator.gradient_work_ahead(inputs["initial_state"], dout)
     found = operator.gradients(inputs["initial_state"], dout, dfinal)
     torch.testing.assert_close(found.q, expected["dq"], rtol=0, atol=1e-10)
     without = make_operator(family, inputs, lengths).incoming_gradient(dout, None)

@@ -95,7 +95,8 @@ def test_every_pair_is_the_work_of_one_pair_of_ranks(work: AttentionWork, merged
     parts = sum(shards.pairs(part).padded_pairs.sum() for part in (0, 1))
     # Equal chunks that are no whole number of tokens put the end of a window a fraction of a row off.
     rounding = 0.0 if work.window is None else work.degree * len(work.lengths)
-    for pairs in (shards.pairs().padded_pairs.sum(), shards.gathered().padded_pairs.sum(), parts):
+    gathered = (shards.gathered().padded_pairs + shards.apart().padded_pairs).sum()
+    for pairs in (shards.pairs().padded_pairs.sum(), gathered, parts):
         assert pairs == pytest.approx(work.num_pairs, rel=1e-9, abs=rounding)
 
 
@@ -284,14 +285,37 @@ def test_a_pass_takes_as_long_as_the_slower_of_device_and_host(work: AttentionWo
         assert time.backward_host_s >= host.backward_call_s
 
 
+def test_a_host_factor_makes_the_host_slower_and_nothing_else() -> None:
+    work, slow_host = make_work(4, rows=1024), dataclasses.replace(RATE, host=HOST)
+    plain = {time.method: time for time in times_of(work, FAST, slow_host)}
+    slower = {time.method: time for time in times_of(work, FAST, slow_host, host_factors={"ring": (2.0, 3.0)})}
+    assert slower["ring"].forward_host_s == pytest.approx(2 * plain["ring"].forward_host_s)
+    assert slower["ring"].backward_host_s == pytest.approx(3 * plain["ring"].backward_host_s)
+    assert slower["ring"].forward_compute_s == plain["ring"].forward_compute_s
+    assert {name: slower[name] for name in slower if name != "ring"} == {
+        name: plain[name] for name in plain if name != "ring"
+    }
+
+
+def test_whole_documents_hide_the_gather() -> None:
+    work = make_work(2, num_heads=32, num_key_heads=8, head_size=128, lengths=(6000, 4000, 4000, 3000))
+    apart, joined = (
+        {time.method: time for time in times_of(work, FAST, RATE, whole_apart=whole_apart)}["all_gather"]
+        for whole_apart in (True, False)
+    )
+    assert apart.forward_exposed_s < joined.forward_exposed_s
+    assert apart.backward_exposed_s < joined.backward_exposed_s
+    assert (apart.forward_bytes, apart.backward_bytes) == (joined.forward_bytes, joined.backward_bytes)
+
+
 def test_where_the_host_decides_fewer_calls_win() -> None:
     """Packed, 8K tokens on each of two ranks: measured there, a ring's forward took 1.57 times as long as all-gather."""
     work = make_work(
         2, num_heads=32, num_key_heads=8, head_size=128, lengths=(5000, 2400, 4000, 1600, 800, 1200, 900, 484)
     )
     slow_host = dataclasses.replace(RATE, host=HOST)
-    by_host = {time.method: time for time in times_of(work, FAST, slow_host)}
-    decision = choose(work, FAST, slow_host)
+    by_host = {time.method: time for time in times_of(work, FAST, slow_host, whole_apart=False)}
+    decision = choose(work, FAST, slow_host, whole_apart=False)
     assert decision.forward == "all_gather"
     assert 1.3 < by_host["ring"].forward_s / by_host["all_gather"].forward_s < 2.1
     assert "waiting for the host" in decision.explain()
