@@ -67,6 +67,7 @@ class Task:
     dtype: str
     kernel: str
     rounds: int
+    rows: tuple[str, ...]
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def main() -> None:
     console = Console(width=max(110, Console().width))
     task = Task(
         num_heads=arguments.heads, key_size=arguments.key_size, value_size=arguments.value_size, dtype=arguments.dtype,
-        kernel=arguments.kernel, rounds=arguments.rounds,
+        kernel=arguments.kernel, rounds=arguments.rounds, rows=arguments.rows,
     )  # fmt: skip
     tokens = [int(text) for text in arguments.tokens.split(",")]
     cases = tuple((family, count) for family in arguments.families.split(",") for count in tokens)
@@ -118,6 +119,8 @@ def measure_case(site: Site, task: Task, case: tuple[str, int]) -> list[Row]:
     }
     if device.type == "cuda" and rule == "delta" and find_spec("fla"):
         runs[FLA] = _fla_context_parallel(inputs, num_tokens, group)
+    if task.rows:
+        runs = {name: run for name, run in runs.items() if name in (ALONE, *task.rows)}
     leaves = [tensor for tensor in inputs.values() if tensor is not None]
     rows = measured(runs, leaves, site, rounds=task.rounds)
     alone_s = rows[0]["time_s"]
@@ -260,6 +263,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--kernel", choices=KERNELS, default=None, help="of the local operator; fla on GPUs that have it"
     )
+    parser.add_argument("--rows", default="", help=f"of {','.join((*METHODS, RING, FLA))}; all by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--time-budget-s", type=float, default=3600.0, help="begin no case after it")
     parser.add_argument("--name", default=None)
@@ -272,6 +276,10 @@ def _arguments() -> argparse.Namespace:
     unknown = set(arguments.families.split(",")) - set(FAMILIES)
     if unknown:
         parser.error(f"family {min(unknown)!r} is unknown; expected {', '.join(FAMILIES)}.")
+    arguments.rows = tuple(name for name in arguments.rows.split(",") if name)
+    unknown = set(arguments.rows) - {*METHODS, RING, FLA}
+    if unknown:
+        parser.error(f"row {min(unknown)!r} is unknown; expected {', '.join((*METHODS, RING, FLA))}.")
     arguments.degree = arguments.degree or (4 if tiny else torch.cuda.device_count())
     arguments.tokens = arguments.tokens or ("2048,8192" if tiny else "16384,65536,262144,524288,1048576")
     arguments.kernel = arguments.kernel or ("fla" if not tiny and find_spec("fla") else "torch")

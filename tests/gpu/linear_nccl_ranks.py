@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rank_pair import NUM_RANKS
@@ -88,6 +89,20 @@ def _inputs(case: LinearCase, device: torch.device) -> tuple[dict[str, Tensor], 
     return inputs, drawn(*rows, _VALUES).to(device=device, dtype=dtype)
 
 
+def _tune_little() -> None:
+    """Let fla's kernels choose among two configurations each; compiling all of them takes many minutes."""
+    import triton.runtime.autotuner as autotuner
+
+    def few(self: Any, arguments: dict[str, Any]) -> list[Any]:
+        plain = sorted(all_configs(self, arguments), key=lambda config: (abs(config.num_warps - 4), config.num_stages))
+        return plain[:2]
+
+    all_configs = autotuner.Autotuner.prune_configs
+    autotuner.Autotuner.prune_configs = few
+
+
 def run_cases(comms: Communicators) -> dict[LinearCase, dict[str, float]]:
     """Errors of every case on this rank."""
+    if comms.device.type == "cuda":
+        _tune_little()
     return {case: relative_errors(comms, case) for case in all_cases()}
