@@ -93,7 +93,8 @@ def works_apart(whole_pairs: FloatArray | float, all_pairs: FloatArray | float) 
         whole_pairs: Pairs of a query and a key in whole documents.
         all_pairs: In all of the rank's work.
     """
-    return np.asarray(whole_pairs) > _LEAST_WORK_APART * np.asarray(all_pairs)
+    apart: NDArray[np.bool_] = np.asarray(whole_pairs) > _LEAST_WORK_APART * np.asarray(all_pairs)
+    return apart
 
 
 def zigzag_cut(lengths: Sequence[int], degree: int) -> ZigzagCut:

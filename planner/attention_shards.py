@@ -158,8 +158,7 @@ class Shards:
     @cached_property
     def _has_cut_rows(self) -> NDArray[np.bool_]:
         """``[N]``: whether a rank holds rows of documents that are cut."""
-        has_rows: NDArray[np.bool_] = (self._cut.rows > self._cut.whole_rows).any(axis=1)
-        return has_rows
+        return _row_sums(self._cut.rows - self._cut.whole_rows) > 0
 
     @cached_property
     def _whole_pairs(self) -> FloatArray:
