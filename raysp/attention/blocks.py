@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -59,12 +60,12 @@ class Segments:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    @property
+    @cached_property
     def max_q(self) -> int:
         """Longest query segment."""
         return max((b - a for a, b in zip(self.cu_q, self.cu_q[1:], strict=False)), default=0)
 
-    @property
+    @cached_property
     def max_k(self) -> int:
         """Longest key segment."""
         return max((b - a for a, b in zip(self.cu_k, self.cu_k[1:], strict=False)), default=0)

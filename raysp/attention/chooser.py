@@ -8,6 +8,7 @@ decides from the same numbers.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -159,8 +160,9 @@ def choose(
     return schedule.memo(key, build)
 
 
+@functools.cache
 def make_method(name: str, tuning: Tuning) -> Method:
-    """Make the executor of a method that is not ``auto``."""
+    """Make the executor of a method that is not ``auto``; they have no state."""
     hides = tuning.hides_last_return
     executors: dict[str, Method] = {
         "local": Local(),

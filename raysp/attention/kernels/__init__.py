@@ -7,6 +7,8 @@ kernel keeps the contract of ``contract.Kernel``.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from raysp.attention.kernels import fa2, fa4
@@ -21,6 +23,7 @@ MAX_FLASH_HEAD_SIZE = 256
 _MODULES = {"fa4": fa4, "fa2": fa2}
 
 
+@functools.cache
 def resolve_kernel(name: str, *, device: torch.device, dtype: torch.dtype, head_size: int) -> Kernel:
     """Find the kernel for these inputs.
 

@@ -12,6 +12,7 @@ Source: the context parallelism of Llama 3 (arXiv:2407.21783, section 3.3.2).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +109,7 @@ class _Gather:
 
     def __init__(
         self, call: AttentionCall, lease: Lease, gathered: GatheredRows, k: Tensor, v: Tensor,
-        groups: list[tuple[slice, slice]], place: int,
+        groups: Sequence[tuple[slice, slice]], place: int,
     ) -> None:  # fmt: skip
         key_heads, self._query_heads = groups[place]
         rows = gathered.from_rank[call.group_rank].index

@@ -5,6 +5,7 @@ Symbols: T local rows, Hq, Hk heads, D head size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -156,11 +157,14 @@ def all_rows(tensor: Tensor) -> Rows:
     return Rows(0, tensor.shape[0])
 
 
-def head_groups(num_heads: int, num_key_heads: int, num_groups: int) -> list[tuple[slice, slice]]:
+@functools.cache
+def head_groups(num_heads: int, num_key_heads: int, num_groups: int) -> tuple[tuple[slice, slice], ...]:
     """Cut the key heads into nearly equal runs: the key heads and the query heads that read them, for each run."""
     sizes = head_group_sizes(num_heads, num_key_heads, num_groups)
     key_heads, heads = ([0, *accumulate(each)] for each in zip(*sizes, strict=True))
-    return [(slice(*keys), slice(*queries)) for keys, queries in zip(pairwise(key_heads), pairwise(heads), strict=True)]
+    return tuple(
+        (slice(*keys), slice(*queries)) for keys, queries in zip(pairwise(key_heads), pairwise(heads), strict=True)
+    )
 
 
 def attend_blocks(
