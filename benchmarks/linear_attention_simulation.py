@@ -343,7 +343,7 @@ def main() -> None:
     rows = simulate(arguments.tokens, arguments.ranks, model, machine, passes)
     result = {
         "hardware": f"simulated {arguments.ranks} x {machine.name}, on {os.cpu_count()} CPU cores ({platform.machine()})",
-        "commit": arguments.commit or commit("planner", "benchmarks/*.py"), 
+        "commit": arguments.commit or commit("planner", "benchmarks/*.py"),
         "command": " ".join(["python", *sys.argv]), "local_times": source,
         "machine": vars(machine), "model": {**vars(model), "shape": vars(model.shape)},
         "comparison": compared(rows, arguments.ranks, model, machine, passes), "why": why(rows), "rows": rows,

@@ -104,11 +104,11 @@ class Shards:
             padded = self._full_sides(self._cut.rows) @ (self._key_cut.lengths + self._n0)
             read = self.keys.needed.sum(axis=0) + self.key_rows
         else:
-            pairs = self._visible(self._stops) - self._visible(self._starts)
             keys = self._stops
             if self.window is not None:
                 keys = np.minimum(keys, self._chunks + self.window - 1)
-            padded = self._by_query_rank(self._padded(pairs, self._chunks, keys).sum(axis=1)) + self._whole_pairs
+            padded = self._by_query_rank(self._padded(self._chunk_pairs, self._chunks, keys).sum(axis=1))
+            padded += self._whole_pairs
             read = self._by_query_rank(keys.sum(axis=1)) + _row_sums(self._cut.whole_rows)
         if apart:
             padded = np.where(self._is_apart & ~self._has_cut_rows, 0.0, padded - self._is_apart * self._whole_pairs)
@@ -137,6 +137,11 @@ class Shards:
         return self._stops - self._chunks
 
     @cached_property
+    def _chunk_pairs(self) -> FloatArray:
+        """``[2N, D]``: causal pairs of each chunk's queries with all keys that they see."""
+        return self._visible(self._stops) - self._visible(self._starts)
+
+    @cached_property
     def _ranks(self) -> IntArray:
         """``int64 [2N]``: the rank of each chunk."""
         chunks = np.arange(2 * self.degree)
@@ -150,7 +155,7 @@ class Shards:
         rows = self._cut.whole_rows.astype(np.float64)
         whole = _row_sums(self._visible(rows, rows))
         if self._causal:
-            cut = self._by_query_rank((self._visible(self._stops) - self._visible(self._starts)).sum(axis=1))
+            cut = self._by_query_rank(self._chunk_pairs.sum(axis=1))
         else:
             cut = _row_sums((self._cut.rows - self._cut.whole_rows) * self._cut.lengths)
         return works_apart(whole, whole + cut)
