@@ -1,6 +1,7 @@
 """The additive rule with flash-linear-attention's kernels: ``simple_gla`` for decays of heads, ``gla`` for those of channels.
 
-States that other ranks need are single matrix products: ``sum of decayed k v^T``, or backward of ``q dO^T``.
+States that other ranks need are single matrix products without decay, ``sum of k v^T`` or backward of ``q dO^T``. With
+decay they are passes over the chunks: sums of decays over all rows of a long part would be as slow as all else together.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raysp.linear_attention.fla_rows import CHUNK, FlaRows, PartGradients, decay_to_end, decayed, row_products
+from raysp.linear_attention.fla_rows import CHUNK, FlaRows, PartGradients
 
 
 class AdditivePart:
@@ -24,11 +25,11 @@ class AdditivePart:
         self._made_scores: Tensor | None = None
 
     def outgoing(self, initial: Tensor | None, *, with_transition: bool) -> tuple[Tensor, Tensor | None]:
-        """A state pass from a known state, which ``output`` uses again, otherwise one product."""
+        """A state pass; ``output`` uses it again where it began from the known state."""
         if initial is not None:
             return self._state_pass(initial.unsqueeze(0))[1][0], None
-        rows, decay = self._rows, self._rows.log_decay
-        state = row_products(decayed(rows.k, None if decay is None else decay_to_end(decay)), rows.v)
+        rows = self._rows
+        state = _row_products(rows.k, rows.v) if rows.log_decay is None else self._pass_from(None)[1][0]
         return state, self._transition() if with_transition else None
 
     def output(self, initial: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,12 +46,22 @@ class AdditivePart:
         return out[0], final
 
     def incoming_gradient(self, dout: Tensor, dfinal: Tensor | None) -> Tensor:
-        """One product, and what the final state's gradient becomes."""
-        decay = self._rows.log_decay
-        gradient = row_products(
-            decayed(self._rows.q, None if decay is None else decay.cumsum(0), self._rows.scale), dout
-        )
-        return gradient if dfinal is None else gradient + self._transition().unsqueeze(-1) * dfinal
+        """A pass over the chunks from the last to the first."""
+        if self._rows.log_decay is None:
+            gradient = _row_products(self._rows.q * self._rows.scale, dout)
+            return gradient if dfinal is None else gradient + dfinal
+        from fla.ops.common.chunk_h import chunk_bwd_dh
+
+        heads, keys = self._rows.k.shape[1:]
+        initial = self._rows.k.new_empty(
+            1, heads, keys, self._rows.v.shape[2], dtype=torch.float32
+        )  # asks for its gradient
+        _, gradient = chunk_bwd_dh(
+            q=self._q, k=self._k, v=self._v, do=dout.unsqueeze(0), h0=initial,
+            dht=None if dfinal is None else dfinal.unsqueeze(0), scale=self._rows.scale, chunk_size=CHUNK,
+            cu_seqlens=self._rows.packing["cu_seqlens"], **self._rows.gates,
+        )  # fmt: skip
+        return gradient[0]
 
     def gradient_work_ahead(self, initial: Tensor, dout: Tensor) -> None:
         """Scores inside chunks; fla's backward makes the states itself."""
@@ -77,14 +88,18 @@ class AdditivePart:
 
     def _state_pass(self, initial: Tensor) -> tuple[Tensor, Tensor]:
         """States before every chunk, and final ones."""
+        if self._states is None:
+            self._states = self._pass_from(initial)
+        return self._states
+
+    def _pass_from(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         from fla.ops.common.chunk_h import chunk_fwd_h
 
-        if self._states is None:
-            self._states = chunk_fwd_h(
-                k=self._k, v=self._v, h0=initial, output_final_state=True, chunk_size=CHUNK,
-                cu_seqlens=self._rows.packing["cu_seqlens"], **self._rows.gates,
-            )  # fmt: skip
-        return self._states
+        states: tuple[Tensor, Tensor] = chunk_fwd_h(
+            k=self._k, v=self._v, h0=initial, output_final_state=True, chunk_size=CHUNK,
+            cu_seqlens=self._rows.packing["cu_seqlens"], **self._rows.gates,
+        )  # fmt: skip
+        return states
 
     def _scores(self) -> Tensor:
         from fla.ops.gla.chunk import chunk_gla_fwd_intra_gk
@@ -101,3 +116,11 @@ class AdditivePart:
             return torch.ones(heads, keys, device=self._rows.k.device)
         total = decay.sum(0)
         return (total if total.dim() == 2 else total.unsqueeze(-1)).exp().expand(heads, keys)
+
+
+def _row_products(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over rows of ``left right^T``: ``[t, H, K]`` and ``[t, H, V]`` to fp32 ``[H, K, V]``."""
+    a, b = left.permute(1, 2, 0), right.transpose(0, 1)
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())

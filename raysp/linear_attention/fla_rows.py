@@ -1,4 +1,4 @@
-"""Rows of a part as flash-linear-attention takes them, and what the parts of both rules do with plain matrix products.
+"""Rows of a part as flash-linear-attention takes them, and what the parts of both rules are.
 
 Symbols: t tokens of a part, n its pieces, H heads, K key size, V value size.
 """
@@ -114,25 +114,3 @@ class FlaPart(Protocol):
     def gradients(self, initial: Tensor, dout: Tensor, dfinals: Tensor) -> PartGradients:
         """Of everything."""
         ...
-
-
-def row_products(left: Tensor, right: Tensor) -> Tensor:
-    """Sum over rows of ``left right^T``: ``[t, H, K]`` and ``[t, H, V]`` to fp32 ``[H, K, V]``."""
-    a, b = left.permute(1, 2, 0), right.transpose(0, 1)
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
-
-
-def decayed(rows: Tensor, log_factors: Tensor | None, scale: float = 1.0) -> Tensor:
-    """Rows ``[t, H, K]`` times ``scale * exp(log_factors)``, factors of heads or of channels, in the rows' dtype."""
-    if log_factors is None:
-        return rows * scale
-    factors = (log_factors if log_factors.dim() == 3 else log_factors.unsqueeze(-1)).exp()
-    return (rows * (factors * scale)).to(rows.dtype)
-
-
-def decay_to_end(log_decay: Tensor) -> Tensor:
-    """Log decay from each row to the last, its own not included; summed from the end, where it is not negligible."""
-    later = torch.cat([log_decay[1:], torch.zeros_like(log_decay[:1])])
-    return later.flip(0).cumsum(0).flip(0)

@@ -19,18 +19,20 @@ _FLA_LARGEST_KEY = 256
 
 
 def resolve_kernel(name: str, *, device: torch.device, dtype: torch.dtype, key_size: int) -> MakeOperator:
-    """Find the local operator; ``auto`` is ``torch``, which runs everywhere.
+    """Find the local operator; ``auto`` is ``fla`` where it is installed and runs these tensors, otherwise ``torch``.
 
     Raises:
         InputError: It is unknown, not installed, or does not run these tensors.
     """
     if name not in KERNELS:
         raise InputError(f"linear attention kernel {name!r} is unknown; expected one of {', '.join(KERNELS)}.")
-    if name != "fla":
+    is_installed = importlib.util.find_spec("fla") is not None and importlib.util.find_spec("triton") is not None
+    runs = device.type == "cuda" and dtype in _FLA_DTYPES and key_size <= _FLA_LARGEST_KEY
+    if name == "torch" or (name == "auto" and not (is_installed and runs)):
         return TorchOperator
-    if importlib.util.find_spec("fla") is None or importlib.util.find_spec("triton") is None:
+    if not is_installed:
         raise InputError("kernel 'fla' is not installed; expected fla-core. Run pip install 'raysp[fla]'.")
-    if device.type != "cuda" or dtype not in _FLA_DTYPES or key_size > _FLA_LARGEST_KEY:
+    if not runs:
         raise InputError(
             f"kernel 'fla' cannot run {dtype} with key size {key_size} on {device.type}; expected CUDA, bf16, fp16 or fp32 "
             f"and key size at most {_FLA_LARGEST_KEY}. Use kernel = 'torch'."
